@@ -1,0 +1,201 @@
+# cython: language_level=3
+"""Loops that measure, without Python between two operations. Used by ``dmapath compare`` and scripts/bench."""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from dmapath.abi cimport (
+    DMA_FROM_DEVICE, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMA_TO_DEVICE, dma_addr, dma_addr_t, dma_device,
+    dma_fault, dma_iova_destroy, dma_iova_link, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_map_iter,
+    dma_map_phys, dma_map_state, dma_policy, dma_seg, dma_unmap_phys, phys_addr, phys_vec,
+)
+from dmapath.device cimport Device
+from dmapath.memory cimport PhysMemory
+from dmapath.request cimport Mappable
+from dmapath.wrapper cimport map_next, map_start, unmap
+
+from dmapath.errors import DmaError, DmaValueError
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int, timespec *)
+    int CLOCK_MONOTONIC
+
+
+cdef inline uint64_t now_ns() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
+
+
+cdef int request_once(dma_device *dev, Mappable rq, dma_policy policy, uint64_t *map_ns,
+                      uint64_t *unmap_ns) noexcept nogil:
+    cdef dma_map_state st
+    cdef dma_map_iter it
+    cdef dma_seg seg
+    cdef uint64_t t0 = now_ns(), t1, t2
+    cdef int rc = map_start(dev, &rq.rq, policy, &st, &it)
+    if rc:
+        return rc
+    while True:
+        rc = map_next(dev, &st, &it, &seg)
+        if rc <= 0:
+            break
+    t1 = now_ns()
+    unmap(dev, &st)
+    t2 = now_ns()
+    map_ns[0] = t1 - t0
+    unmap_ns[0] = t2 - t1
+    return rc
+
+
+def time_request(Device dev not None, Mappable rq not None, policy, int rounds):
+    """Median nanoseconds of mapping (start and all segments) and of unmapping a request: (map_ns, unmap_ns)."""
+    cdef dma_policy p = DMA_POLICY_LINUX if policy == "linux" else DMA_POLICY_UNIFIED
+    cdef uint64_t *t = <uint64_t *>malloc(2 * rounds * sizeof(uint64_t))
+    cdef int i, rc = 0
+    if t == NULL:
+        raise MemoryError("no memory for the times")
+    with nogil:
+        for i in range(rounds):
+            rc = request_once(&dev.c, rq, p, &t[i], &t[rounds + i])
+            if rc:
+                break
+    try:
+        if rc:
+            raise DmaError("the request cannot be mapped", errno=-rc, argument="rq", value=rq)
+        return sorted(t[i] for i in range(rounds))[rounds // 2], sorted(t[rounds + i] for i in range(rounds))[rounds // 2]
+    finally:
+        free(t)
+
+
+# ---- operations of scripts/bench: each a function of its own, so that callgrind can collect inside it alone ---------
+
+cdef int op_two_step(dma_device *dev, const phys_vec *v, uint32_t n, uint64_t total) noexcept nogil:
+    cdef dma_iova_state st
+    cdef uint64_t at = 0
+    cdef uint32_t i
+    cdef int rc = 0
+    if not dma_iova_try_alloc(dev, &st, v[0].paddr, total):
+        return -1
+    for i in range(n):
+        rc |= dma_iova_link(dev, &st, v[i].paddr, at, v[i].len, DMA_TO_DEVICE, 0)
+        at += v[i].len
+    rc |= dma_iova_sync(dev, &st, 0, total)
+    return rc | dma_iova_destroy(dev, &st, total, DMA_TO_DEVICE, 0)
+
+
+cdef int op_two_step_vec(dma_device *dev, const phys_vec *v, uint32_t n, uint64_t total) noexcept nogil:
+    cdef dma_iova_state st
+    cdef int rc
+    if not dma_iova_try_alloc(dev, &st, v[0].paddr, total):
+        return -1
+    rc = dev.ops.iova_link_vec(dev, &st, v, n, 0, DMA_TO_DEVICE, 0)
+    rc |= dma_iova_sync(dev, &st, 0, total)
+    return rc | dma_iova_destroy(dev, &st, total, DMA_TO_DEVICE, 0)
+
+
+cdef int op_classic(dma_device *dev, const phys_vec *v, uint32_t n, dma_addr_t *out) noexcept nogil:
+    cdef uint32_t i
+    cdef int rc = 0
+    for i in range(n):
+        rc |= dma_map_phys(dev, v[i].paddr, v[i].len, DMA_TO_DEVICE, 0, &out[i])
+    for i in range(n):
+        rc |= dma_unmap_phys(dev, out[i], v[i].len, DMA_TO_DEVICE, 0)
+    return rc
+
+
+cdef int op_alloc(dma_device *dev, uint64_t size) noexcept nogil:
+    cdef dma_iova_state st
+    if not dma_iova_try_alloc(dev, &st, phys_addr(0), size):
+        return -1
+    return dma_iova_destroy(dev, &st, 0, DMA_TO_DEVICE, 0)
+
+
+cdef int op_request(dma_device *dev, Mappable rq, dma_policy policy) noexcept nogil:
+    cdef dma_map_state st
+    cdef dma_map_iter it
+    cdef dma_seg seg
+    cdef int rc = map_start(dev, &rq.rq, policy, &st, &it)
+    while rc == 0:
+        if map_next(dev, &st, &it, &seg) <= 0:
+            break
+    return rc | unmap(dev, &st)
+
+
+def run(name, Device dev not None, Mappable rq not None, long rounds, policy="unified"):
+    """Run one operation ``rounds`` times; returns ns for each on average.
+
+    two-step, two-step-vec, classic: the calls over the request's vectors; alloc: IOVA alloc and free of the request's
+    size; request: through the wrapper.
+    """
+    cdef dma_policy p = DMA_POLICY_LINUX if policy == "linux" else DMA_POLICY_UNIFIED
+    cdef dma_addr_t out[256]
+    cdef const phys_vec *v = rq.vecs_
+    cdef uint32_t n = rq.nr
+    cdef uint64_t total = rq.rq.total, t0
+    cdef long i
+    cdef int rc = 0, op = ("two-step", "two-step-vec", "classic", "alloc", "request").index(name)
+    if op == 2 and n > 256:
+        raise DmaValueError("at most 256 vectors", argument="rq", value=n)
+    t0 = now_ns()
+    with nogil:
+        for i in range(rounds):
+            if op == 0:
+                rc |= op_two_step(&dev.c, v, n, total)
+            elif op == 1:
+                rc |= op_two_step_vec(&dev.c, v, n, total)
+            elif op == 2:
+                rc |= op_classic(&dev.c, v, n, out)
+            elif op == 3:
+                rc |= op_alloc(&dev.c, total)
+            else:
+                rc |= op_request(&dev.c, rq, p)
+    if rc:
+        raise DmaError(f"{name} failed", errno=abs(rc))
+    return (now_ns() - t0) / rounds
+
+
+def dma_against_memcpy(Device dev not None, segments, pages, long rounds):
+    """Seconds for ``rounds`` device reads through translation, and for plain memcpy of the same pages.
+
+    ``pages`` are (offset, bytes) in the device's memory arena. The two are interleaved; returns (dma_ns, memcpy_ns)
+    as the best of each.
+    """
+    cdef PhysMemory mem = dev.memory
+    cdef uint64_t total = sum(n for _, n in pages), t0, t1, t2, best_dma = 1 << 62, best_copy = 1 << 62
+    cdef Py_ssize_t i, ns = len(segments), np = len(pages)
+    cdef char *buf = <char *>malloc(total)
+    cdef dma_seg *segs = <dma_seg *>malloc(ns * sizeof(dma_seg))
+    cdef uint64_t *at = <uint64_t *>malloc(2 * np * sizeof(uint64_t))
+    cdef char *to
+    cdef dma_fault fault
+    cdef int rc = 0
+    cdef long r
+    for i in range(ns):
+        segs[i].addr.v, segs[i].len = segments[i].addr, segments[i].length
+    for i in range(np):
+        at[2 * i], at[2 * i + 1] = pages[i]
+    with nogil:
+        for r in range(rounds):
+            t0 = now_ns()
+            to = buf
+            for i in range(ns):
+                rc |= dev.c.bus.access(&dev.c, segs[i].addr, segs[i].len, to, 0, &fault)
+                to += segs[i].len
+            t1 = now_ns()
+            to = buf
+            for i in range(np):
+                memcpy(to, mem.arena + at[2 * i], at[2 * i + 1])
+                to += at[2 * i + 1]
+            t2 = now_ns()
+            best_dma = t1 - t0 if t1 - t0 < best_dma else best_dma
+            best_copy = t2 - t1 if t2 - t1 < best_copy else best_copy
+    free(buf)
+    free(segs)
+    free(at)
+    if rc:
+        raise DmaError("the device faulted", errno=14)
+    return best_dma, best_copy

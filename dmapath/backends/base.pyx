@@ -1,0 +1,63 @@
+# cython: language_level=3
+"""What a backend is to a Device: an ops table, and counters to read."""
+from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
+
+from dmapath.abi cimport DMAPATH_ABI, DMAPATH_OPS_CAPSULE, dma_device, dma_ops, dma_ops_init
+
+from dmapath.errors import AddressTypeError, DmaValueError
+
+#: Keys of ``Device.counters()`` that every backend gives; what a backend has no notion of stays 0.
+COUNTERS = (
+    "iova_allocs", "iova_frees", "iova_live", "iova_live_bytes", "links", "syncs", "unlinks", "maps", "unmaps",
+    "sg_maps", "sg_unmaps", "ptes_4k", "ptes_2m", "ptes_1g", "ptes_4k_live", "ptes_2m_live", "ptes_1g_live",
+    "mapped_bytes", "invalidations", "invalidations_ranged", "invalidations_full", "sync_flushes",
+    "cache_clean_bytes", "cache_inval_bytes", "barriers", "faults", "queued",
+)
+#: Those of them that say what stands now, and so are 0 again when everything was unmapped and flushed.
+LIVE_COUNTERS = ("iova_live", "iova_live_bytes", "ptes_4k_live", "ptes_2m_live", "ptes_1g_live", "mapped_bytes",
+                 "queued")
+
+
+cdef class Backend:
+    """One device's back end."""
+
+    name = "none"
+
+    cdef int attach(self, dma_device *dev) except -1:
+        raise NotImplementedError
+
+    def counters(self):
+        """Exact counts since the device was made, by the names in COUNTERS."""
+        return dict.fromkeys(COUNTERS, 0)
+
+
+cdef class CapsuleBackend(Backend):
+    """A backend from elsewhere: a capsule "dmapath.ops.v1" that holds a ``struct dma_ops *``.
+
+    The capsule's context becomes ``dma_device.priv``. The owner is kept alive as long as the device.
+    """
+
+    def __cinit__(self, owner):
+        self.owner = owner
+        self.capsule = getattr(owner, "dma_ops", owner)
+        if not PyCapsule_IsValid(self.capsule, DMAPATH_OPS_CAPSULE):
+            raise AddressTypeError('an object with a "dmapath.ops.v1" capsule in its attribute dma_ops is wanted',
+                                   argument="backend", value=owner)
+        cdef const dma_ops *src = <const dma_ops *>PyCapsule_GetPointer(self.capsule, DMAPATH_OPS_CAPSULE)
+        if dma_ops_init(&self.ops, src):
+            raise DmaValueError(f"its ops table is of ABI {src.abi} (wanted: {DMAPATH_ABI}) or lacks a required member",
+                                argument="backend", value=owner)
+
+    @property
+    def name(self):
+        return self.ops.name.decode()
+
+    cdef int attach(self, dma_device *dev) except -1:
+        dev.ops = &self.ops
+        dev.priv = PyCapsule_GetContext(self.capsule)
+        return 0
+
+    def counters(self):
+        """The owner's own ``counters()``, over zeros for what it does not count."""
+        own = getattr(self.owner, "counters", None)
+        return {**dict.fromkeys(COUNTERS, 0), **(own() if own is not None else {})}

@@ -1,0 +1,680 @@
+# cython: language_level=3
+"""The simulated IOMMU's ops table: what Linux 7.3's drivers/iommu/dma-iommu.c decides above page table and allocator.
+
+Error codes and the order of checks are dma-iommu.c's; the numbers in comments are errno values it returns.
+"""
+cimport cython
+from libc.errno cimport EINVAL, EIO, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ERANGE
+from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+from dmapath._core cimport (
+    C_BARRIERS, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL, C_INVAL_RANGE, C_IOVA_ALLOC_BYTES,
+    C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR, C_PTE_SET, C_SG_MAPS,
+    C_SG_UNMAPS, C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_CACHE_INVAL, EV_CLEAN, PROT_CACHE,
+    PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, counter_read, dom_alloc_iova, dom_bus_access,
+    dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule, dom_iova_to_phys, dom_link_vec,
+    dom_map, dom_off, dom_queued, dom_sync_map, dom_unmap, dom_unmap_free, dom_up, fail_point, iommu_domain,
+    iommu_domain_config, iommu_domain_create, iommu_domain_free, iommu_unit, iommu_unit_advance, iommu_unit_destroy,
+    iommu_unit_init, iova_cached_ranges, iova_reserve, lock_acquire, lock_release, note, pgt_walk,
+)
+from dmapath.abi cimport (
+    DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_BIDIRECTIONAL,
+    DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_FROM_DEVICE, DMA_IOVA_USE_SWIOTLB, DMA_NONE,
+    DMA_TO_DEVICE, DMAPATH_ABI, dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault,
+    dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, dma_seg, phys_addr_t, phys_vec,
+)
+from dmapath.backends.base cimport Backend
+
+from dmapath.addr import DmaAddr, Iova, PhysAddr, as_iova, as_length
+from dmapath.backends.base import COUNTERS
+from dmapath.errors import DmaValueError, error_for
+
+_EVENTS = ("alloc", "free", "map", "unmap", "sync", "flush", "flush_np", "flush_all", "cache_clean", "cache_inval",
+           "barrier", "fault")
+_MODES = ("strict", "lazy", "passthrough")
+
+
+cdef inline iommu_domain *domain_of(dma_device *dev) noexcept nogil:
+    return <iommu_domain *>dev.priv
+
+
+# dma_info_to_prot
+cdef inline unsigned prot_of(dma_device *dev, dma_data_direction dir, unsigned long attrs) noexcept nogil:
+    cdef unsigned prot = 0
+    if attrs & DMA_ATTR_MMIO:
+        prot = PROT_MMIO
+    elif dev.flags & DMA_DEV_COHERENT:
+        prot = PROT_CACHE
+    if attrs & DMA_ATTR_PRIVILEGED:
+        prot |= PROT_PRIV
+    if dir == DMA_TO_DEVICE or dir == DMA_BIDIRECTIONAL:
+        prot |= PROT_READ_
+    if dir == DMA_FROM_DEVICE or dir == DMA_BIDIRECTIONAL:
+        prot |= PROT_WRITE_
+    return prot
+
+
+cdef inline bint cpu_sync(dma_device *dev, unsigned long attrs) noexcept nogil:
+    return not (dev.flags & DMA_DEV_COHERENT) and not (attrs & (DMA_ATTR_SKIP_CPU_SYNC | DMA_ATTR_MMIO))
+
+
+cdef void barrier(iommu_domain *d) noexcept nogil:
+    count(d.counters, C_BARRIERS, 1)
+    note(d, EV_BARRIER, 0, 0, 0)
+
+
+cdef void clean_for_device(iommu_domain *d, uint64_t phys, uint64_t size) noexcept nogil:
+    count(d.counters, C_CACHE_CLEAN, size)
+    note(d, EV_CLEAN, phys, size, 0)
+
+
+# ---- two steps ----------------------------------------------------------------------------------------------------
+
+# dma_iova_try_alloc
+cdef int iommu_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t size) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t off = dom_off(d, phys.v), iova
+    st.addr = dma_addr(0)
+    st.size = 0
+    if size == 0 or size & DMA_IOVA_USE_SWIOTLB:
+        return 0
+    iova = dom_alloc_iova(d, dev, dom_up(d, size + off))
+    if iova == 0:
+        return 0
+    st.addr = dma_addr(iova + off)
+    st.size = size
+    return 1
+
+
+# what dma_iova_link refuses before it maps anything; `offset` and v[0] are those of the call
+cdef int link_refused(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
+                      uint64_t total, unsigned long attrs) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint32_t i
+    if dev.flags != DMA_DEV_COHERENT or st.size & DMA_IOVA_USE_SWIOTLB:
+        if attrs & DMA_ATTR_REQUIRE_COHERENT and (st.size & DMA_IOVA_USE_SWIOTLB
+                                                  or not dev.flags & DMA_DEV_COHERENT):
+            return -EOPNOTSUPP
+        if dev.flags & DMA_DEV_UNTRUSTED:
+            for i in range(n):
+                if dom_off(d, v[i].paddr.v | v[i].len):
+                    # would have to bounce: never with these attributes, and there is no pool (swiotlb_map)
+                    return -EPERM if attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT) else -ENOMEM
+        if dev.flags & DMA_DEV_QUIRKS:
+            return 0
+    # Linux does not look: it would map IOVA that belongs to others
+    if total > dma_iova_size(st) or offset > dma_iova_size(st) - total:
+        return -ERANGE
+    return 0
+
+
+cdef uint64_t sum_of(const phys_vec *v, uint32_t n) noexcept nogil:
+    cdef uint64_t total = 0
+    cdef uint32_t i
+    for i in range(n):
+        if v[i].len > (1ULL << 62) - total:
+            return UINT64_MAX
+        total += v[i].len
+    return total
+
+
+cdef void clean_linked(dma_device *dev, const phys_vec *v, uint32_t n, unsigned long attrs) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t off
+    cdef uint32_t i
+    if not cpu_sync(dev, attrs):
+        return
+    for i in range(n):
+        off = dom_off(d, v[i].paddr.v)
+        clean_for_device(d, v[i].paddr.v - off, dom_up(d, v[i].len + off))
+
+
+# dma_iova_link, n times in one walk
+cdef int iommu_link_vec(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
+                        dma_data_direction dir, unsigned long attrs) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef int rc
+    if n == 0:
+        return -EINVAL
+    if offset and dom_off(d, v[0].paddr.v):
+        return -EIO
+    rc = link_refused(dev, st, v, n, offset, sum_of(v, n), attrs)
+    if rc == 0:
+        rc = dom_link_vec(d, st.addr.v + offset, v, n, prot_of(dev, dir, attrs), False)
+    if rc == 0:
+        clean_linked(dev, v, n, attrs)
+    return rc
+
+
+cdef int iommu_link(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t offset, uint64_t size,
+                    dma_data_direction dir, unsigned long attrs) noexcept nogil:
+    cdef phys_vec one
+    one.paddr = phys
+    one.len = size
+    return iommu_link_vec(dev, st, &one, 1, offset, dir, attrs)
+
+
+cdef int iommu_link_gapped(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
+                           dma_data_direction dir, unsigned long attrs) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t total = 0
+    cdef uint32_t i
+    cdef int rc
+    if n == 0 or dom_off(d, st.addr.v + offset):
+        return -EINVAL
+    for i in range(n):
+        if v[i].len == 0 or v[i].len > (1ULL << 62) - total:
+            return -EINVAL
+        total += dom_up(d, v[i].len + dom_off(d, v[i].paddr.v))
+    rc = link_refused(dev, st, v, n, offset, total, attrs)
+    if rc == 0:
+        rc = dom_link_vec(d, st.addr.v + offset, v, n, prot_of(dev, dir, attrs), True)
+    if rc == 0:
+        clean_linked(dev, v, n, attrs)
+    return rc
+
+
+# dma_iova_sync
+cdef int iommu_sync(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64_t size) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t addr = st.addr.v + offset, off = dom_off(d, addr)
+    if not dev.flags & DMA_DEV_COHERENT:
+        barrier(d)
+    dom_sync_map(d, addr - off, dom_up(d, size + off))
+    count(d.counters, C_SYNCS, 1)
+    return 0
+
+
+# iommu_dma_iova_unlink_range_slow: cache maintenance granule by granule, by the physical address behind each
+cdef void unlink_slow(dma_device *dev, uint64_t addr, uint64_t size) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t end = addr + size, phys, n
+    while addr < end:
+        phys = dom_iova_to_phys(d, addr)
+        if phys == 0:
+            break
+        n = dom_granule(d) - dom_off(d, addr)
+        n = n if n < end - addr else end - addr
+        count(d.counters, C_CACHE_INVAL, n)
+        note(d, EV_CACHE_INVAL, phys, n, 0)
+        addr += n
+    barrier(d)
+
+
+# dma_iova_unlink: always flushed at once, in lazy domains too
+cdef int iommu_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64_t size, dma_data_direction dir,
+                      unsigned long attrs) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t addr = st.addr.v + offset, off = dom_off(d, addr), span = dom_up(d, size + off), done
+    if not dev.flags & DMA_DEV_QUIRKS and (size > dma_iova_size(st) or offset > dma_iova_size(st) - size):
+        return -ERANGE
+    if cpu_sync(dev, attrs):
+        unlink_slow(dev, addr, size)
+    done = dom_unmap(d, addr - off, span)
+    count(d.counters, C_UNLINKS, 1)
+    return 0 if done == span else -ENOENT
+
+
+# dma_iova_free
+cdef int iommu_free(dma_device *dev, dma_iova_state *st) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t off = dom_off(d, st.addr.v)
+    dom_free_iova(d, st.addr.v - off, dom_up(d, dma_iova_size(st) + off))
+    return 0
+
+
+# ---- classic ------------------------------------------------------------------------------------------------------
+
+# iommu_dma_map_phys
+cdef int iommu_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_direction dir,
+                        unsigned long attrs, dma_addr_t *out) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t off = dom_off(d, phys.v), span = dom_up(d, size + off), iova
+    cdef pgt_walk w
+    cdef int rc
+    out.v = UINT64_MAX
+    if dir == DMA_NONE or size == 0 or span < size:
+        return -EINVAL
+    if attrs & DMA_ATTR_REQUIRE_COHERENT and not dev.flags & DMA_DEV_COHERENT:
+        return -EOPNOTSUPP
+    if dev.flags & DMA_DEV_UNTRUSTED and not attrs & DMA_ATTR_MMIO and dom_off(d, phys.v | size):
+        return -EPERM if attrs & DMA_ATTR_REQUIRE_COHERENT else -ENOMEM
+    if dev.min_align_mask > dom_granule(d) - 1:
+        return -EINVAL
+    iova = dom_alloc_iova(d, dev, span)
+    if iova == 0:
+        return -ENOMEM
+    memset(&w, 0, sizeof(w))
+    rc = dom_map(d, &w, iova, phys.v - off, span, prot_of(dev, dir, attrs))
+    if rc:
+        dom_free_iova(d, iova, span)
+        return rc
+    if cpu_sync(dev, attrs):
+        clean_for_device(d, phys.v, size)
+        barrier(d)
+    dom_sync_map(d, iova, span)
+    count(d.counters, C_MAPS, 1)
+    out[0] = dma_addr(iova + off)
+    return 0
+
+
+# iommu_dma_unmap_phys
+cdef int iommu_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir,
+                          unsigned long attrs) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t off = dom_off(d, addr.v), span = dom_up(d, size + off), phys, done
+    if not attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT):
+        phys = dom_iova_to_phys(d, addr.v)
+        if phys == 0:
+            return -ENOENT  # Linux warns and does nothing
+        if cpu_sync(dev, attrs):
+            count(d.counters, C_CACHE_INVAL, size)
+            note(d, EV_CACHE_INVAL, phys, size, 0)
+            barrier(d)
+    done = dom_unmap_free(d, addr.v - off, span)
+    count(d.counters, C_UNMAPS, 1)
+    return 0 if done == span else -ENOENT
+
+
+# iommu_dma_map_sg, its first pass: bytes of IOVA each entry takes, padded so that no segment crosses a boundary
+cdef uint64_t sg_spans(dma_device *dev, const phys_vec *v, uint32_t n, uint64_t *span) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t mask = dev.limits.seg_boundary_mask, total = 0, pad, mine
+    cdef uint32_t i
+    for i in range(n):
+        if v[i].len == 0 or v[i].len > (1ULL << 62) - total:
+            return 0
+        mine = dom_up(d, v[i].len + dom_off(d, v[i].paddr.v))
+        pad = (mask - total + 1) & mask
+        if i and pad and pad < mine - 1:
+            span[i - 1] += pad
+            total += pad
+        span[i] = mine
+        total += mine
+    return total
+
+
+# iommu_map_sg: one map call for each physically contiguous run
+cdef int sg_map_runs(dma_device *dev, const phys_vec *v, uint32_t n, const uint64_t *span, uint64_t iova,
+                     unsigned prot) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t start = 0, size = 0, at = iova, phys
+    cdef pgt_walk w
+    cdef uint32_t i
+    cdef int rc = 0
+    memset(&w, 0, sizeof(w))
+    for i in range(n + 1):
+        if i < n:
+            phys = v[i].paddr.v - dom_off(d, v[i].paddr.v)
+            if size and start + size == phys:
+                size += span[i]
+                continue
+        if size:
+            rc = dom_map(d, &w, at, start, size, prot)
+            if rc:
+                break
+            at += size
+        if i < n:
+            start = phys
+            size = span[i]
+    if rc and at != iova:
+        dom_unmap(d, iova, at - iova)
+    return rc
+
+
+# __finalise_sg: join entries into segments where IOVA, boundary and segment size allow
+cdef int sg_finalise(dma_device *dev, const phys_vec *v, uint32_t n, const uint64_t *span, uint64_t iova,
+                     dma_seg *out) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t off, cur = 0, most = dev.sg_max_segment_size, mask = dev.limits.seg_boundary_mask
+    cdef uint32_t i
+    cdef int nents = 0
+    for i in range(n):
+        off = dom_off(d, v[i].paddr.v)
+        if cur and off == 0 and iova & mask and cur <= most and most - cur >= v[i].len:
+            cur += v[i].len
+        else:
+            out[nents].addr = dma_addr(iova + off)
+            cur = v[i].len
+            nents += 1
+        out[nents - 1].len = cur
+        iova += span[i]
+        if v[i].len + off < span[i]:
+            cur = 0  # it ends inside its granule: nothing can follow it
+    return nents
+
+
+# untrusted devices: each entry alone (iommu_dma_map_sg_swiotlb)
+cdef int sg_one_by_one(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_direction dir, unsigned long attrs,
+                       dma_seg *out) noexcept nogil:
+    cdef uint32_t i, j
+    for i in range(n):
+        if iommu_map_phys(dev, v[i].paddr, v[i].len, dir, attrs, &out[i].addr):
+            for j in range(i):
+                iommu_unmap_phys(dev, out[j].addr, out[j].len, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC)
+            return -EIO
+        out[i].len = v[i].len
+    return <int>n
+
+
+cdef int iommu_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_direction dir, unsigned long attrs,
+                      dma_seg *out) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t total, iova
+    cdef uint64_t *span
+    cdef uint32_t i
+    cdef int rc
+    if n == 0 or dir == DMA_NONE:
+        return -EINVAL
+    if attrs & DMA_ATTR_REQUIRE_COHERENT and not dev.flags & DMA_DEV_COHERENT:
+        return -EOPNOTSUPP
+    if dev.flags & DMA_DEV_UNTRUSTED:
+        return sg_one_by_one(dev, v, n, dir, attrs, out)
+    span = <uint64_t *>malloc(n * sizeof(uint64_t))
+    if span == NULL:
+        return -ENOMEM
+    total = sg_spans(dev, v, n, span)
+    iova = dom_alloc_iova(d, dev, total) if total else 0
+    rc = 0 if iova else (-ENOMEM if total else -EINVAL)
+    if rc == 0:
+        rc = sg_map_runs(dev, v, n, span, iova, prot_of(dev, dir, attrs))
+        if rc:
+            dom_free_iova(d, iova, total)
+            rc = rc if rc == -ENOMEM else -EINVAL
+    if rc == 0:
+        if cpu_sync(dev, attrs):
+            for i in range(n):
+                clean_for_device(d, v[i].paddr.v, v[i].len)
+            barrier(d)
+        dom_sync_map(d, iova, total)
+        count(d.counters, C_SG_MAPS, 1)
+        rc = sg_finalise(dev, v, n, span, iova, out)
+    free(span)
+    return rc
+
+
+cdef int iommu_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_direction dir,
+                        unsigned long attrs) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t first, last, done
+    cdef uint32_t i
+    cdef int rc = 0, one
+    if n == 0:
+        return -EINVAL
+    if dev.flags & DMA_DEV_UNTRUSTED:
+        for i in range(n):
+            one = iommu_unmap_phys(dev, s[i].addr, s[i].len, dir, attrs)
+            rc = rc if rc else one
+        return rc
+    first = s[0].addr.v - dom_off(d, s[0].addr.v)
+    last = dom_up(d, s[n - 1].addr.v + s[n - 1].len)
+    if cpu_sync(dev, attrs):
+        for i in range(n):
+            count(d.counters, C_CACHE_INVAL, s[i].len)
+            note(d, EV_CACHE_INVAL, dom_iova_to_phys(d, s[i].addr.v), s[i].len, 0)
+        barrier(d)
+    done = dom_unmap_free(d, first, last - first)
+    count(d.counters, C_SG_UNMAPS, 1)
+    return 0 if done == last - first else -ENOENT
+
+
+cdef int iommu_sync_for_cpu(dma_device *dev, dma_addr_t addr, uint64_t size,
+                            dma_data_direction dir) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    if not dev.flags & DMA_DEV_COHERENT:
+        count(d.counters, C_CACHE_INVAL, size)
+        note(d, EV_CACHE_INVAL, dom_iova_to_phys(d, addr.v), size, 0)
+        barrier(d)
+    return 0
+
+
+cdef int iommu_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size,
+                               dma_data_direction dir) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    if not dev.flags & DMA_DEV_COHERENT:
+        clean_for_device(d, dom_iova_to_phys(d, addr.v), size)
+        barrier(d)
+    return 0
+
+
+cdef uint64_t iommu_merge_boundary(dma_device *dev) noexcept nogil:
+    return dom_granule(domain_of(dev)) - 1
+
+
+cdef int iommu_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int write,
+                      dma_fault *fault) noexcept nogil:
+    return dom_bus_access(domain_of(dev), dev, addr.v, n, buf, write, fault)
+
+
+cdef dma_ops iommu_ops
+iommu_ops = dma_ops(
+    abi=DMAPATH_ABI, size=sizeof(dma_ops), name=b"iommu", map_phys=iommu_map_phys, unmap_phys=iommu_unmap_phys,
+    iova_try_alloc=iommu_try_alloc, iova_link=iommu_link, iova_link_vec=iommu_link_vec,
+    iova_link_gapped=iommu_link_gapped, iova_sync=iommu_sync, iova_unlink=iommu_unlink, iova_free=iommu_free,
+    map_sg=iommu_map_sg, unmap_sg=iommu_unmap_sg, sync_for_cpu=iommu_sync_for_cpu,
+    sync_for_device=iommu_sync_for_device, merge_boundary=iommu_merge_boundary, need_unmap=NULL)
+cdef dma_bus_ops iommu_bus
+iommu_bus.access = iommu_access
+
+
+# ---- the Python side ----------------------------------------------------------------------------------------------
+
+cdef class Iommu:
+    """A simulated IOMMU: one IOTLB with its walk caches, and a domain for each device behind it.
+
+    Parameters
+    ----------
+    mode : "strict", "lazy" or "passthrough"
+        When an unmapped range is flushed from the IOTLB: at once, or in batches (256 entries or 10 ms of simulated
+        time, KERNEL flush queue); passthrough domains do not translate.
+    page_sizes : sequence of int
+        Bytes; a subset of 4096, 2 MiB and 1 GiB. The smallest is the granule.
+    aperture : (int, int)
+        First and last IOVA that may be handed out, in bytes.
+    reserved : sequence of (int, int)
+        First and last byte of ranges never handed out (MSI window, RMRR).
+    iotlb_sets, iotlb_ways : int
+        Geometry; sets is a power of two.
+    cpus : int
+        CPUs with IOVA caches and flush queues of their own; thread n runs on CPU n modulo cpus.
+    format : "x86" or "arm"
+        Error codes and unmap rules of generic_pt (x86) or of ARM's io-pgtable.
+    caching_mode : bool
+        The IOTLB also remembers "not present" until a sync flushes it, as emulated and shadowing IOMMUs do.
+    """
+
+    cdef iommu_unit unit
+    cdef bint ready
+    cdef readonly str mode, format
+    cdef readonly tuple page_sizes, aperture, reserved
+    cdef readonly int iotlb_sets, iotlb_ways, cpus
+    cdef readonly bint caching_mode
+
+    def __cinit__(self, mode="strict", *, page_sizes=(4096, 1 << 21, 1 << 30), aperture=(0, 2**64 - 1), reserved=(),
+                  iotlb_sets=64, iotlb_ways=4, cpus=4, format="x86", caching_mode=False):
+        if mode not in _MODES:
+            raise DmaValueError("strict, lazy or passthrough", argument="mode", value=mode)
+        if format not in ("x86", "arm"):
+            raise DmaValueError("x86 or arm", argument="format", value=format)
+        sizes = tuple(sorted(as_length(s, "page_sizes") for s in page_sizes))
+        if not sizes or not set(sizes) <= {4096, 1 << 21, 1 << 30}:
+            raise DmaValueError("a subset of 4096, 2 MiB and 1 GiB", argument="page_sizes", value=page_sizes)
+        first, last = (as_iova(a, "aperture") for a in aperture)
+        if last < first or last < sizes[0]:
+            raise DmaValueError("first <= last, at least one granule", argument="aperture", value=aperture)
+        if not 1 <= cpus <= 1024:
+            raise DmaValueError("1 to 1024", argument="cpus", value=cpus)
+        for name, value in (("iotlb_sets", iotlb_sets), ("iotlb_ways", iotlb_ways)):
+            if not 1 <= value <= 1 << 16 or (name == "iotlb_sets" and value & (value - 1)):
+                raise DmaValueError("1 to 65536, sets a power of two", argument=name, value=value)
+        self.mode, self.format, self.page_sizes, self.aperture = mode, format, sizes, (first, last)
+        self.reserved = tuple((as_iova(lo, "reserved"), as_iova(hi, "reserved")) for lo, hi in reserved)
+        for lo, hi in self.reserved:
+            if hi < lo:
+                raise DmaValueError("first <= last", argument="reserved", value=(lo, hi))
+        self.iotlb_sets, self.iotlb_ways, self.cpus, self.caching_mode = iotlb_sets, iotlb_ways, cpus, caching_mode
+        cdef fail_point never
+        never.nth = 0
+        if iommu_unit_init(&self.unit, iotlb_sets, iotlb_ways, caching_mode, &never):
+            raise MemoryError("no memory for the IOTLB")
+        self.ready = True
+
+    def __dealloc__(self):
+        if self.ready:
+            iommu_unit_destroy(&self.unit)
+
+    def __repr__(self):
+        return f"Iommu(mode={self.mode!r})"
+
+    def copy(self, *, mode=None):
+        """A fresh Iommu of the same kind, with nothing mapped."""
+        return Iommu(mode or self.mode, page_sizes=self.page_sizes, aperture=self.aperture, reserved=self.reserved,
+                     iotlb_sets=self.iotlb_sets, iotlb_ways=self.iotlb_ways, cpus=self.cpus, format=self.format,
+                     caching_mode=self.caching_mode)
+
+    @property
+    def granule(self):
+        """Bytes: the smallest page size."""
+        return self.page_sizes[0]
+
+    @property
+    def now(self):
+        """Simulated time in ns."""
+        return self.unit.now_ns
+
+    def advance(self, ns):
+        """Let ``ns`` nanoseconds of simulated time pass: flush-queue timers (10 ms) fire, depots shrink (100 ms)."""
+        cdef uint64_t n = as_length(ns, "ns", least=0)
+        with nogil:
+            iommu_unit_advance(&self.unit, n)
+
+    def iotlb(self):
+        """What the IOTLB holds: dict of hits, misses, walk_reads, pwc_hits, evictions, entries, walk_entries."""
+        cdef dict out
+        lock_acquire(&self.unit.tlb.lock)
+        out = dict(hits=self.unit.tlb.stats.hits, misses=self.unit.tlb.stats.misses,
+                   walk_reads=self.unit.tlb.stats.walk_reads, pwc_hits=self.unit.tlb.stats.pwc_hits,
+                   evictions=self.unit.tlb.stats.evictions, entries=self.unit.tlb.live,
+                   walk_entries=self.unit.tlb.pwc_live)
+        lock_release(&self.unit.tlb.lock)
+        return out
+
+    def iotlb_entries(self):
+        """The valid entries: list of (domain number, Iova of the page, bytes, PhysAddr or None for "not present")."""
+        out = []
+        cdef uint64_t i
+        cdef unsigned shift
+        lock_acquire(&self.unit.tlb.lock)
+        for i in range(<uint64_t>self.unit.tlb.sets * self.unit.tlb.ways):
+            e = self.unit.tlb.e[i]
+            if e.did:
+                shift = 12 + 9 * e.level
+                out.append((e.did, e.page << shift, 1 << shift, e.pte & ~0xfff))
+        lock_release(&self.unit.tlb.lock)
+        return [(did, Iova(at), size, PhysAddr(phys) if phys else None) for did, at, size, phys in out]
+
+
+@cython.no_gc_clear  # __dealloc__ takes the domain off its unit
+cdef class IommuDomain(Backend):
+    """A device's own domain behind an Iommu: IOVA space, page table, flush queues."""
+
+    cdef iommu_domain *dom
+    cdef readonly Iommu iommu
+    cdef readonly str mode
+    name = "iommu"
+
+    def __cinit__(self, Iommu iommu, *, untrusted=False):
+        cdef iommu_domain_config cfg
+        # a group with an untrusted device is strict whatever the default says (iommu_get_def_domain_type)
+        self.mode = "strict" if untrusted else iommu.mode
+        self.iommu = iommu
+        cfg.page_sizes = sum(iommu.page_sizes)
+        cfg.aperture_first, cfg.aperture_last = iommu.aperture
+        cfg.ncpu = iommu.cpus
+        cfg.lazy = self.mode == "lazy"
+        cfg.arm = iommu.format == "arm"
+        rc = iommu_domain_create(&self.dom, &iommu.unit, &cfg)
+        if rc:
+            raise error_for(-rc, "no memory for a domain", "iommu", iommu)
+        cdef unsigned shift = self.dom.granule_shift
+        for lo, hi in iommu.reserved:
+            if iova_reserve(&self.dom.iova, lo >> shift, hi >> shift):
+                raise error_for(ENOMEM, "no memory for a reserved region", "iommu", iommu)
+        dma_ops_init(&self.ops, &iommu_ops)
+
+    def __dealloc__(self):
+        if self.dom != NULL:
+            iommu_domain_free(self.dom)
+
+    cdef int attach(self, dma_device *dev) except -1:
+        dev.ops = &self.ops
+        dev.priv = self.dom
+        dev.bus = &iommu_bus
+        return 0
+
+    @property
+    def did(self):
+        """The domain's number in the IOTLB."""
+        return self.dom.did
+
+    def counters(self):
+        cdef uint64_t c[64]
+        cdef int i
+        for i in range(C_COUNT):
+            c[i] = counter_read(self.dom.counters, i)
+        set_, clear = [c[C_PTE_SET + i] for i in range(3)], [c[C_PTE_CLEAR + i] for i in range(3)]
+        live = [s - x for s, x in zip(set_, clear, strict=True)]
+        values = (
+            c[C_IOVA_ALLOCS], c[C_IOVA_FREES], c[C_IOVA_ALLOCS] - c[C_IOVA_FREES],
+            c[C_IOVA_ALLOC_BYTES] - c[C_IOVA_FREE_BYTES], c[C_LINKS], c[C_SYNCS], c[C_UNLINKS], c[C_MAPS],
+            c[C_UNMAPS], c[C_SG_MAPS], c[C_SG_UNMAPS], *set_, *live,
+            live[0] * 4096 + (live[1] << 21) + (live[2] << 30), c[C_INVAL_RANGE] + c[C_INVAL_FULL],
+            c[C_INVAL_RANGE], c[C_INVAL_FULL], c[C_SYNC_FLUSH], c[C_CACHE_CLEAN], c[C_CACHE_INVAL], c[C_BARRIERS],
+            c[C_FAULTS], dom_queued(self.dom),
+        )
+        return dict(zip(COUNTERS, values, strict=True))
+
+    def stats(self):
+        """What the inner parts hold: page-table bytes, IOVA ranges in the tree, cached ranges, depot flushes."""
+        return dict(page_table_bytes=self.dom.pgt.tables * 4096, iova_nodes=self.dom.iova.nodes,
+                    iova_cached=iova_cached_ranges(&self.dom.iova), iova_tree_allocs=self.dom.iova.tree_allocs,
+                    rcache_flushes=self.dom.iova.rcache_flushes)
+
+    def iova_to_phys(self, iova):
+        """The PhysAddr behind one IOVA, or None (iommu_iova_to_phys; page table only, no IOTLB)."""
+        phys = dom_iova_to_phys(self.dom, as_iova(iova))
+        return PhysAddr(phys) if phys else None
+
+    def flush(self):
+        """Flush the queued unmaps of a lazy domain now, as its timer would."""
+        with nogil:
+            dom_flush_queues(self.dom)
+
+    def flush_halves(self):
+        """Iterator over the two halves of one full flush: what is queued between them waits for the next flush."""
+        dom_flush_begin(self.dom)
+        yield
+        dom_flush_end(self.dom)
+
+    def fail_nth(self, n):
+        """Make the nth allocation from now fail (1: the next; 0: none). Returns what was left of the last order."""
+        left = self.dom.fail.nth
+        self.dom.fail.nth = as_length(n, "n", least=0)
+        return max(0, left)
+
+    def record(self, bint on):
+        """Start (empty) or stop the record of events."""
+        self.dom.log.n = 0
+        self.dom.log.on = on
+
+    def events(self):
+        """What happened since ``record(True)``: list of tuples (kind, a, b, c), plain integers.
+
+        map: iova, phys, bytes. unmap: iova, bytes, bytes done. flush, flush_np, flush_all: first, last, log2 of the
+        pages flushed. alloc, free, sync: iova, bytes. cache_clean, cache_inval: phys, bytes. fault: iova, reason, write.
+        """
+        cdef uint64_t i
+        return [(_EVENTS[self.dom.log.e[i].kind], self.dom.log.e[i].a, self.dom.log.e[i].b, self.dom.log.e[i].c)
+                for i in range(self.dom.log.n)]

@@ -1,0 +1,42 @@
+# cython: language_level=3
+from dmapath.abi cimport dma_device, dma_iova_state, dma_map_iter, dma_map_state, dma_range_map
+from dmapath.backends.base cimport Backend
+from dmapath.memory cimport PhysMemory
+from dmapath.request cimport Mappable
+
+
+cdef class Device:
+    cdef dma_device c
+    cdef dma_range_map *ranges_
+    cdef readonly Backend backend
+    cdef readonly object iommu
+    cdef readonly PhysMemory memory
+    cdef object config_
+    cdef _limits(self)
+    cdef _ranges(self, ranges)
+    cdef IovaState _own(self, state)
+    cdef _inside(self, IovaState st, unsigned long long offset, unsigned long long size)
+    cdef object __weakref__
+
+
+cdef class IovaState:
+    cdef dma_iova_state c
+    cdef readonly Device device
+    cdef bint live
+
+
+cdef class Segment:
+    cdef unsigned long long addr_
+    cdef readonly unsigned long long length
+
+
+cdef class Mapping:
+    cdef dma_map_state st
+    cdef dma_map_iter it
+    cdef readonly Device device
+    cdef readonly Mappable request
+    cdef list segments_
+    cdef list read_all(self)
+    cdef bint live
+    cdef int layout_, policy
+    cdef size_t kept

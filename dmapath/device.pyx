@@ -1,0 +1,539 @@
+# cython: language_level=3
+"""Device: a driver's view of its hardware's limits and of the DMA API behind them, with the kernel's names.
+
+A request is mapped with ``map``; the two steps (``iova_*``), the classic calls (``map_phys``, ``map_sg``) and the syncs
+are there one by one.
+"""
+import warnings
+
+cimport cython
+from cpython.pycapsule cimport PyCapsule_New
+from libc.stdint cimport UINT32_MAX, UINT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from dmapath.abi cimport (
+    DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
+    DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR,
+    DMA_LAYOUT_PER_RANGE, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
+    dma_data_direction, dma_device, dma_iova_destroy, dma_iova_free, dma_iova_link, dma_iova_size, dma_iova_state,
+    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_policy, dma_seg, phys_addr, phys_vec,
+)
+from dmapath.backends.base cimport Backend, CapsuleBackend
+from dmapath.memory cimport PhysMemory
+from dmapath.request cimport Mappable
+from dmapath.wrapper cimport map_next, map_start, unmap
+
+from dmapath import rules
+from dmapath.addr import DmaAddr, as_dma, as_length, as_phys
+from dmapath.backends.direct import DirectBackend
+from dmapath.backends.iommu import Iommu, IommuDomain
+from dmapath.errors import AddressTypeError, DmaValueError, MappingError, StateError, error_for
+from dmapath.request import DIRECTIONS, direction
+
+_POLICIES = {"unified": DMA_POLICY_UNIFIED, "linux": DMA_POLICY_LINUX}
+_LAYOUTS = {0: "none", DMA_LAYOUT_DIRECT: "direct", DMA_LAYOUT_LINEAR: "linear", DMA_LAYOUT_GAPPED: "gapped",
+            DMA_LAYOUT_PER_RANGE: "per-range"}
+ATTRS = {"skip_cpu_sync": DMA_ATTR_SKIP_CPU_SYNC, "no_warn": DMA_ATTR_NO_WARN, "privileged": DMA_ATTR_PRIVILEGED,
+         "mmio": DMA_ATTR_MMIO, "require_coherent": DMA_ATTR_REQUIRE_COHERENT}
+
+
+cdef unsigned long attr_bits(attrs) except? 0xffffffff:
+    if isinstance(attrs, int):
+        return attrs
+    cdef unsigned long bits = 0
+    for name in (attrs,) if isinstance(attrs, str) else attrs:
+        if name not in ATTRS:
+            raise DmaValueError(f"one of {', '.join(ATTRS)}", argument="attrs", value=name)
+        bits |= <unsigned long>ATTRS[name]
+    return bits
+
+
+cdef dma_data_direction dir_of(value) except *:
+    if value == "to_device":
+        return <dma_data_direction>1
+    if value == "from_device":
+        return <dma_data_direction>2
+    if value == "none":
+        return <dma_data_direction>3
+    return <dma_data_direction><int>direction(value)
+
+
+def _mask(value, name, *, zero=False):
+    value = as_length(value, name, least=0) if value < 2**63 else int(value)
+    if value >= 2**64 or (value == 0 and not zero):
+        raise DmaValueError("a mask of 1 to 64 bits", argument=name, value=value)
+    return value
+
+
+cdef class Segment:
+    """What the hardware is given: a DMA address and a length in bytes."""
+
+    @property
+    def addr(self):
+        return DmaAddr(self.addr_)
+
+    def __iter__(self):
+        yield DmaAddr(self.addr_)
+        yield self.length
+
+    def __eq__(self, other):
+        if not isinstance(other, Segment):
+            return NotImplemented
+        return self.addr_ == (<Segment>other).addr_ and self.length == (<Segment>other).length
+
+    def __hash__(self):
+        return hash((self.addr_, self.length))
+
+    def __repr__(self):
+        return f"Segment(addr={self.addr_:#x}, length={self.length:#x})"
+
+
+cdef inline Segment new_segment(const dma_seg *s):
+    cdef Segment out = Segment.__new__(Segment)
+    out.addr_ = s.addr.v
+    out.length = s.len
+    return out
+
+
+cdef class IovaState:
+    """struct dma_iova_state: a reserved range of IOVA. Made by ``Device.iova_try_alloc``; 16 bytes in C."""
+
+    def __init__(self):
+        raise TypeError("made by Device.iova_try_alloc")
+
+    @property
+    def addr(self):
+        """DmaAddr of byte 0; its in-granule offset is that of the physical address it was reserved for."""
+        return DmaAddr(self.c.addr.v)
+
+    @property
+    def size(self):
+        """Bytes, as asked for (dma_iova_size)."""
+        return dma_iova_size(&self.c)
+
+    def __repr__(self):
+        return f"IovaState(addr={self.c.addr.v:#x}, size={self.size:#x}{'' if self.live else ', freed'})"
+
+
+cdef class Device:
+    """A DMA device: the limits of its hardware, stated once, and a back end to map on.
+
+    Parameters
+    ----------
+    iommu : Iommu or None
+        The IOMMU that the device is behind; None or mode "passthrough": addresses are physical ones.
+    memory : PhysMemory or None
+        What physical addresses stand for; needed only where a simulated device moves bytes.
+    dma_mask, bus_dma_limit : int
+        Greatest address the device and its bus can name (inclusive masks; 0 for the bus: no limit).
+    coherent, untrusted : bool
+        Whether CPU caches see its DMA; whether it may see nothing but the bytes it was given.
+    max_segments, max_segment_size, seg_boundary_mask, virt_boundary, dma_alignment
+        As in Linux's queue_limits; segment size in bytes, None: 2**32 - 1 for requests and 64 KiB for ``map_sg``.
+    min_align_mask : int
+        Address bits that a bounce buffer must keep.
+    dma_ranges : sequence of (cpu_start, dma_start, bytes)
+        Bus offsets of the direct path.
+    forcedac : bool
+        Do not try below 4 GiB first (iommu.forcedac).
+    kernel_quirks : bool
+        Accept what Linux accepts though it looks like a defect (a link outside its allocation).
+    backend : object
+        A back end from elsewhere: carries a "dmapath.ops.v1" capsule as ``dma_ops``.
+    """
+
+    def __cinit__(self, *, iommu=None, PhysMemory memory=None, dma_mask=2**64 - 1, bus_dma_limit=0, coherent=True,
+                  untrusted=False, max_segments=2**16 - 1, max_segment_size=None, seg_boundary_mask=2**64 - 1,
+                  virt_boundary=0, dma_alignment=0, min_align_mask=0, dma_ranges=(), forcedac=False,
+                  kernel_quirks=False, backend=None):
+        self.config_ = dict(dma_mask=dma_mask, bus_dma_limit=bus_dma_limit, coherent=coherent, untrusted=untrusted,
+                            max_segments=max_segments, max_segment_size=max_segment_size,
+                            seg_boundary_mask=seg_boundary_mask, virt_boundary=virt_boundary,
+                            dma_alignment=dma_alignment, min_align_mask=min_align_mask, dma_ranges=tuple(dma_ranges),
+                            forcedac=forcedac, kernel_quirks=kernel_quirks)
+        if iommu is not None and not isinstance(iommu, Iommu):
+            raise AddressTypeError("an Iommu or None is wanted", argument="iommu", value=iommu)
+        self.iommu, self.memory = iommu, memory
+        self._limits()
+        self._ranges(dma_ranges)
+        if backend is not None:
+            self.backend = CapsuleBackend(backend)
+        elif iommu is not None and iommu.mode != "passthrough":
+            self.backend = IommuDomain(iommu, untrusted=untrusted)
+        else:
+            self.backend = DirectBackend()
+        if memory is not None:
+            self.c.mem = memory.mem
+        self.backend.attach(&self.c)
+
+    cdef _limits(self):
+        c = self.config_
+        self.c.dma_mask = _mask(c["dma_mask"], "dma_mask")
+        self.c.bus_dma_limit = _mask(c["bus_dma_limit"], "bus_dma_limit", zero=True)
+        self.c.min_align_mask = _mask(c["min_align_mask"], "min_align_mask", zero=True)
+        self.c.limits.seg_boundary_mask = _mask(c["seg_boundary_mask"], "seg_boundary_mask")
+        self.c.limits.virt_boundary = _mask(c["virt_boundary"], "virt_boundary", zero=True)
+        for name in ("dma_mask", "seg_boundary_mask", "virt_boundary", "min_align_mask"):
+            if c[name] & (c[name] + 1):
+                raise DmaValueError("a mask: all bits below its highest are set", argument=name, value=c[name])
+        self.c.limits.dma_alignment = as_length(c["dma_alignment"], "dma_alignment", least=0)
+        self.c.limits.max_segments = min(as_length(c["max_segments"], "max_segments"), UINT32_MAX)
+        size = c["max_segment_size"]
+        self.c.limits.max_segment_size = UINT32_MAX if size is None else as_length(size, "max_segment_size")
+        self.c.sg_max_segment_size = 65536 if size is None else self.c.limits.max_segment_size
+        self.c.pci_32bit_workaround = not c["forcedac"]
+        self.c.flags = ((DMA_DEV_COHERENT if c["coherent"] else 0) | (DMA_DEV_UNTRUSTED if c["untrusted"] else 0)
+                        | (DMA_DEV_QUIRKS if c["kernel_quirks"] else 0))
+
+    cdef _ranges(self, ranges):
+        cdef uint32_t i
+        ranges = [(as_phys(cpu, "dma_ranges.cpu_start"), as_dma(dma, "dma_ranges.dma_start"),
+                   as_length(n, "dma_ranges.size")) for cpu, dma, n in ranges]
+        self.ranges_ = <dma_range_map *>calloc(len(ranges) + 1, sizeof(dma_range_map))
+        if self.ranges_ == NULL:
+            raise MemoryError("no memory for dma_ranges")
+        for i in range(len(ranges)):
+            self.ranges_[i].cpu_start.v, self.ranges_[i].dma_start.v, self.ranges_[i].size = ranges[i]
+        self.c.ranges = self.ranges_
+        self.c.nr_ranges = len(ranges)
+
+    def __dealloc__(self):
+        free(self.ranges_)
+
+    def __repr__(self):
+        return f"Device({self.backend.name}{'' if self.iommu is None else ', ' + repr(self.iommu)})"
+
+    def __getattr__(self, name):
+        if name != "config_" and self.config_ is not None and name in self.config_:
+            return self.config_[name]
+        raise AttributeError(f"Device has no attribute {name!r}")
+
+    def fresh(self, **changes):
+        """A device of the same kind on a fresh Iommu of the same kind: nothing mapped, nothing cached."""
+        return Device(**{"iommu": None if self.iommu is None else self.iommu.copy(), "memory": self.memory,
+                         **self.config_, **changes})
+
+    @property
+    def capsule(self):
+        """Capsule "dmapath.device" with the ``struct dma_device *``, for C and Cython drivers. Keep the Device."""
+        return PyCapsule_New(&self.c, DMAPATH_DEVICE_CAPSULE, NULL)
+
+    @property
+    def merge_boundary(self):
+        """Granule - 1 in bytes, 0 where ranges never join (dma_get_merge_boundary)."""
+        return self.c.ops.merge_boundary(&self.c)
+
+    @property
+    def need_unmap(self):
+        """Whether addresses must be kept for unmap (dma_need_unmap)."""
+        return self.c.ops.need_unmap(&self.c) != 0
+
+    def counters(self):
+        """Exact counts since the device was made: dict, all keys on every back end (dmapath.COUNTERS)."""
+        return self.backend.counters()
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def map(self, Mappable request not None, policy="unified"):
+        """Map a whole request.
+
+        Returns a Mapping: iterate it for segments, use it in a ``with`` block or call ``unmap``. ``policy`` is
+        "unified" (one IOVA range whenever there is an IOMMU) or "linux" (as Linux 7.3 decides).
+        Raises a DmaError with the rule that refused; nothing is mapped then.
+        """
+        cdef Mapping m = Mapping.__new__(Mapping)
+        cdef dma_policy p
+        cdef int rc
+        if policy == "unified":
+            p = DMA_POLICY_UNIFIED
+        elif policy == "linux":
+            p = DMA_POLICY_LINUX
+        else:
+            raise DmaValueError("unified or linux", argument="policy", value=policy)
+        with nogil:
+            rc = map_start(&self.c, &request.rq, p, &m.st, &m.it)
+        m.device, m.request, m.policy = self, request, p
+        if rc:
+            raise rules.refusal(self, request, -rc, m.st.rules)
+        m.live = True
+        m.layout_ = m.st.layout
+        if m.st.layout == DMA_LAYOUT_DIRECT or m.st.layout == DMA_LAYOUT_PER_RANGE:
+            m.read_all()  # these map as they are read: what fails must fail here
+        return m
+
+    def explain(self, Mappable request not None, policy="unified"):
+        """What ``map`` would do with the request and why, without mapping it: an Explanation.
+
+        Answered on a fresh IOVA space, so the same question has the same answer.
+        """
+        from dmapath.explain import explain
+
+        return explain(self, request, policy)
+
+    # ---- the two steps --------------------------------------------------------------------------------------------
+
+    cdef IovaState _own(self, state):
+        if not isinstance(state, IovaState):
+            raise AddressTypeError("an IovaState is wanted", argument="state", value=state)
+        if (<IovaState>state).device is not self:
+            raise StateError("the state is another device's", argument="state", value=state)
+        if not (<IovaState>state).live:
+            raise StateError("the state was freed", argument="state", value=state)
+        return state
+
+    def iova_try_alloc(self, phys, size):
+        """Reserve IOVA for ``size`` bytes that begin like ``phys`` inside a granule (dma_iova_try_alloc).
+
+        Returns an IovaState, or None when refused: no IOMMU, size 0, or no space. No page table is touched.
+        """
+        cdef IovaState st = IovaState.__new__(IovaState)
+        cdef uint64_t p = as_phys(phys), n
+        if as_length(size, least=0) == 0:
+            return None
+        n = size
+        with nogil:
+            st.live = dma_iova_try_alloc(&self.c, &st.c, phys_addr(p), n) != 0
+        st.device = self
+        return st if st.live else None
+
+    def iova_link(self, state, phys, offset, size, dir="bidirectional", attrs=0):
+        """Map ``size`` bytes at ``phys`` at byte ``offset`` of the state (dma_iova_link).
+
+        Only the first range may start, and only the last may end, inside a granule: EIO, ENXIO or EINVAL otherwise.
+        Also EADDRINUSE (linked already), ERANGE (outside the state), ENOMEM, EPERM, EOPNOTSUPP.
+        """
+        cdef IovaState st = self._own(state)
+        cdef uint64_t p = as_phys(phys), at = as_length(offset, "offset", least=0), n = as_length(size, least=0)
+        cdef unsigned long a = attr_bits(attrs)
+        cdef dma_data_direction d = dir_of(dir)
+        cdef int rc
+        with nogil:
+            rc = dma_iova_link(&self.c, &st.c, phys_addr(p), at, n, d, a)
+        if rc:
+            raise rules.link_refusal(self, -rc, phys=p, offset=at, size=n, state_size=st.size)
+
+    def iova_sync(self, state, offset, size):
+        """Make what was linked in [offset, offset + size) visible to the device (dma_iova_sync)."""
+        cdef IovaState st = self._own(state)
+        cdef uint64_t at = as_length(offset, "offset", least=0), n = as_length(size)
+        cdef int rc
+        self._inside(st, at, n)
+        with nogil:
+            rc = dma_iova_sync(&self.c, &st.c, at, n)
+        if rc:
+            raise error_for(-rc, "the back end could not sync (dma_iova_sync)", "state", st)
+
+    cdef _inside(self, IovaState st, uint64_t offset, uint64_t size):
+        if size > dma_iova_size(&st.c) or offset > dma_iova_size(&st.c) - size:
+            raise error_for(34, f"offset + size within the state's {st.size} bytes", "size", size)
+
+    def iova_unlink(self, state, offset, size, dir="bidirectional", attrs=0):
+        """Unmap [offset, offset + size) and flush it at once, in lazy mode too (dma_iova_unlink). ENOENT: a hole."""
+        cdef IovaState st = self._own(state)
+        cdef uint64_t at = as_length(offset, "offset", least=0), n = as_length(size)
+        cdef unsigned long a = attr_bits(attrs)
+        cdef dma_data_direction d = dir_of(dir)
+        cdef int rc
+        with nogil:
+            rc = dma_iova_unlink(&self.c, &st.c, at, n, d, a)
+        if rc:
+            raise error_for(-rc, "not all of the range was linked (dma_iova_unlink)" if rc == -2 else
+                            f"offset + size within the state's {st.size} bytes", "size", n)
+
+    def iova_free(self, state):
+        """Give the IOVA back (dma_iova_free). Everything must have been unlinked."""
+        cdef IovaState st = self._own(state)
+        cdef int rc
+        st.live = False
+        with nogil:
+            rc = dma_iova_free(&self.c, &st.c)
+        if rc:
+            raise error_for(-rc, "the back end could not free (dma_iova_free)", "state", st)
+
+    def iova_destroy(self, state, mapped, dir="bidirectional", attrs=0):
+        """Unlink the first ``mapped`` bytes (0: none were linked) and free the state (dma_iova_destroy)."""
+        cdef IovaState st = self._own(state)
+        cdef uint64_t n = as_length(mapped, "mapped", least=0)
+        cdef unsigned long a = attr_bits(attrs)
+        cdef dma_data_direction d = dir_of(dir)
+        cdef int rc
+        if n:
+            self._inside(st, 0, n)
+        st.live = False
+        with nogil:
+            rc = dma_iova_destroy(&self.c, &st.c, n, d, a)
+        if rc:
+            raise error_for(-rc, "not all of the first `mapped` bytes were linked (dma_iova_destroy)", "mapped", n)
+
+    # ---- the classic calls ----------------------------------------------------------------------------------------
+
+    def map_phys(self, phys, size, dir="bidirectional", attrs=0):
+        """Map one range by itself; its DmaAddr (dma_map_phys). Raises MappingError where Linux gives all ones."""
+        cdef uint64_t p = as_phys(phys), n = as_length(size)
+        cdef unsigned long a = attr_bits(attrs)
+        cdef dma_data_direction d = dir_of(dir)
+        cdef dma_addr_t out
+        cdef int rc
+        if p + n - 1 < p:
+            raise DmaValueError("phys + size passes 2**64", argument="size", value=size)
+        with nogil:
+            rc = self.c.ops.map_phys(&self.c, phys_addr(p), n, d, a, &out)
+        if rc:
+            raise MappingError(rules.map_refusal(self, -rc, p, n, a), argument="phys", value=p)
+        return DmaAddr(out.v)
+
+    def unmap_phys(self, addr, size, dir="bidirectional", attrs=0):
+        """Undo map_phys (dma_unmap_phys): at once in strict mode, queued in lazy mode. ENOENT: nothing is there."""
+        cdef uint64_t at = as_dma(addr), n = as_length(size)
+        cdef unsigned long a = attr_bits(attrs)
+        cdef dma_data_direction d = dir_of(dir)
+        cdef int rc
+        with nogil:
+            rc = self.c.ops.unmap_phys(&self.c, dma_addr(at), n, d, a)
+        if rc:
+            raise error_for(-rc, "not mapped (dma_unmap_phys)", "addr", at)
+
+    def map_sg(self, Mappable request not None, dir=None, attrs=0):
+        """Map a list with partial coalescing (dma_map_sgtable): list of Segments, no longer than the list.
+
+        ``dir`` defaults to the request's. Segments join under max_segment_size and seg_boundary_mask.
+        """
+        cdef unsigned long a = attr_bits(attrs)
+        cdef dma_data_direction d = request.rq.dir if dir is None else dir_of(dir)
+        cdef dma_seg *out = <dma_seg *>calloc(request.nr + 1, sizeof(dma_seg))
+        cdef int rc, i
+        if out == NULL:
+            raise MemoryError("no memory for the segments")
+        try:
+            with nogil:
+                rc = self.c.ops.map_sg(&self.c, request.vecs_, request.nr, d, a, out)
+            if rc < 0:
+                raise error_for(-rc, rules.map_refusal(self, -rc, 0, 0, a), "request", request)
+            return [new_segment(&out[i]) for i in range(rc)]
+        finally:
+            free(out)
+
+    def unmap_sg(self, segments, dir="bidirectional", attrs=0):
+        """Undo map_sg, with the very list it gave (dma_unmap_sg)."""
+        segments = list(segments)
+        cdef unsigned long a = attr_bits(attrs)
+        cdef dma_data_direction d = dir_of(dir)
+        cdef dma_seg *list_ = <dma_seg *>calloc(len(segments) + 1, sizeof(dma_seg))
+        cdef uint32_t i, n = len(segments)
+        cdef int rc
+        if list_ == NULL:
+            raise MemoryError("no memory for the segments")
+        try:
+            for i in range(n):
+                if not isinstance(segments[i], Segment):
+                    raise AddressTypeError("a Segment is wanted", argument=f"segments[{i}]", value=segments[i])
+                list_[i].addr.v, list_[i].len = (<Segment>segments[i]).addr_, (<Segment>segments[i]).length
+            with nogil:
+                rc = self.c.ops.unmap_sg(&self.c, list_, n, d, a)
+        finally:
+            free(list_)
+        if rc:
+            raise error_for(-rc, "not mapped (dma_unmap_sg)", "segments", segments)
+
+    def sync_for_cpu(self, addr, size, dir="bidirectional"):
+        """Hand [addr, addr + size) of a live mapping to the CPU (dma_sync_single_for_cpu)."""
+        cdef uint64_t at = as_dma(addr), n = as_length(size)
+        self.c.ops.sync_for_cpu(&self.c, dma_addr(at), n, dir_of(dir))
+
+    def sync_for_device(self, addr, size, dir="bidirectional"):
+        """Hand [addr, addr + size) of a live mapping to the device (dma_sync_single_for_device)."""
+        cdef uint64_t at = as_dma(addr), n = as_length(size)
+        self.c.ops.sync_for_device(&self.c, dma_addr(at), n, dir_of(dir))
+
+
+@cython.no_gc_clear  # __dealloc__ unmaps through the device
+cdef class Mapping:
+    """A mapped request, from ``Device.map``: iterate it for Segments; ``unmap`` it once, or use a ``with`` block."""
+
+    def __init__(self):
+        raise TypeError("made by Device.map")
+
+    cdef list read_all(self):
+        cdef dma_seg s
+        cdef int rc
+        cdef list out
+        if self.segments_ is not None:
+            return self.segments_
+        out = []
+        while True:
+            rc = map_next(&self.device.c, &self.st, &self.it, &s)
+            if rc <= 0:
+                break
+            out.append(new_segment(&s))
+        if rc < 0:
+            rule = self.st.rules
+            self.live = False
+            unmap(&self.device.c, &self.st)
+            raise rules.refusal(self.device, self.request, -rc, rule)
+        self.segments_ = out
+        self.kept = (sizeof(dma_seg) * self.st.nr_saved if self.st.saved != NULL
+                     else sizeof(dma_iova_state) if self.st.iova.size else 0)
+        return out
+
+    @property
+    def segments(self):
+        """What to give the hardware, in order: list of Segment."""
+        return list(self.read_all())
+
+    def __iter__(self):
+        return iter(self.read_all())
+
+    def __len__(self):
+        return len(self.read_all())
+
+    @property
+    def layout(self):
+        """"direct", "linear", "gapped" or "per-range" ("none": nothing to map)."""
+        return _LAYOUTS[self.layout_]
+
+    @property
+    def case(self):
+        """Which of the six cases of docs/concepts.md this is."""
+        return rules.case_of(self.layout, self.st.rules)
+
+    @property
+    def rules(self):
+        """Names of the rules that decided, as in dmapath.rules."""
+        self.read_all()
+        return rules.names_of(self.st.rules)
+
+    @property
+    def unmap_state_bytes(self):
+        """Bytes of DMA addresses and lengths that must be kept until unmap."""
+        self.read_all()
+        return self.kept
+
+    def unmap(self):
+        """Unmap everything. StateError when done already."""
+        cdef int rc
+        if not self.live:
+            raise StateError("unmapped already", argument="self", value=self)
+        self.read_all()  # segments and rules stay readable afterwards
+        self.live = False
+        with nogil:
+            rc = unmap(&self.device.c, &self.st)
+        if rc:
+            raise error_for(-rc, "part of it was not mapped any more (dma_iova_destroy)", "self", self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.live:
+            self.unmap()
+
+    def __dealloc__(self):
+        if self.live:
+            unmap(&self.device.c, &self.st)
+
+    def __del__(self):
+        if self.live:
+            warnings.warn(f"a mapping of {self.request!r} was dropped without unmap", ResourceWarning, stacklevel=2)
+
+    def __repr__(self):
+        return f"<Mapping of {self.request!r}: {self.layout}{'' if self.live else ', unmapped'}>"

@@ -1,0 +1,163 @@
+"""Answers without mapping: what a request would become on a device, and by which rules."""
+
+from __future__ import annotations
+
+import errno as _errno
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dmapath.errors import DmaError, NotSupportedError
+from dmapath.rules import CASES, RULES, bounce_parts
+
+if TYPE_CHECKING:
+    from dmapath.device import Device
+    from dmapath.request import Mappable
+
+__all__ = ["Explanation", "exposed_bytes"]
+
+
+@dataclass
+class Explanation:
+    """What ``Device.explain`` found. ``to_dict`` has the keys of the CLI's JSON; sizes are bytes."""
+
+    policy: str
+    case: str | None = None
+    layout: str | None = None
+    segments: list[tuple[int, int]] = field(default_factory=list)
+    iova_allocs: int = 0
+    iova_bytes: int = 0
+    maps: list[tuple[int, int, int]] = field(default_factory=list)
+    ptes: dict[str, int] = field(default_factory=lambda: {"4k": 0, "2m": 0, "1g": 0})
+    invalidations: int = 0
+    bounced: list[tuple[str, int, int]] = field(default_factory=list)
+    unmap_state_bytes: int = 0
+    exposed_bytes: int | None = 0
+    rules: list[tuple[str, str, str]] = field(default_factory=list)
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: addresses as hex strings; exposed_bytes None where the device can reach all memory."""
+        return {
+            "case": self.case,
+            "layout": self.layout,
+            "segments": [{"addr": hex(a), "len": n} for a, n in self.segments],
+            "iova_allocs": self.iova_allocs,
+            "iova_bytes": self.iova_bytes,
+            "maps": [{"iova": hex(i), "phys": hex(p), "len": n} for i, p, n in self.maps],
+            "ptes": dict(self.ptes),
+            "invalidations": self.invalidations,
+            "bounced": [{"part": part, "phys": hex(p), "len": n} for part, p, n in self.bounced],
+            "unmap_state_bytes": self.unmap_state_bytes,
+            "exposed_bytes": self.exposed_bytes,
+            "rules": [{"rule": r, "source": s, "because": b} for r, s, b in self.rules],
+            "error": self.error,
+        }
+
+    def headline(self) -> str:
+        """One sentence: what the list becomes."""
+        if self.error is not None:
+            return f"An error: {self.error}."
+        n = len(self.segments)
+        pieces = "1 segment" if n == 1 else f"{n} segments"
+        words = {
+            "none": "Nothing: the request is empty.",
+            "direct": f"Physical addresses as they are, in {pieces}; no IOMMU is in the path.",
+            "linear": f"One IOVA range that reads as {pieces}.",
+            "gapped": f"One IOVA range with gaps: {pieces}, one allocation, one flush, nothing kept per range.",
+            "per-range": f"Many IOVA ranges: {pieces}, each mapped, flushed and remembered by itself.",
+        }[self.layout or "none"]
+        number, name = CASES[self.case or "empty"]
+        return f"{words} Case {number}: {name}." if number else words
+
+
+def exposed_bytes(maps: list[tuple[int, int, int]], vecs: list[tuple[int, int]]) -> int:
+    """Bytes of physical memory that maps (iova, phys, bytes) let a device see beyond the bytes of vecs."""
+    return _covered([(p, n) for _, p, n in maps]) - _covered(vecs)
+
+
+def _covered(runs: list[tuple[int, int]]) -> int:
+    total, reached = 0, 0
+    for at, n in sorted((int(a), n) for a, n in runs):
+        end = at + n
+        total += max(0, end - max(at, reached))
+        reached = max(reached, end)
+    return total
+
+
+def explain(device: Device, request: Mappable, policy: str) -> Explanation:
+    """Map the request on a fresh device of the same kind, look, and unmap it."""
+    if device.backend.name not in ("direct", "iommu"):
+        raise NotSupportedError(f"explain needs a fresh IOVA space, and the back end {device.backend.name!r} has one",
+                                argument="device", value=device)
+    trial = device.fresh()
+    out = Explanation(policy)
+    recorded = trial.backend.name == "iommu"
+    if recorded:
+        trial.backend.record(True)
+    try:
+        mapping = trial.map(request, policy)
+    except DmaError as e:
+        out.error = f"{_errno.errorcode.get(e.errno or 0, '?')}: {e.rule}"
+        _bounces(trial, request, out)
+        return out
+    out.case, out.layout = mapping.case, mapping.layout
+    out.segments = [(int(s.addr), s.length) for s in mapping.segments]
+    names = mapping.rules
+    mapping.unmap()
+    out.unmap_state_bytes = mapping.unmap_state_bytes
+    vecs = [(int(p), n) for p, n in request.vecs]
+    if recorded:
+        events = trial.backend.events()
+        allocs = [(a, b) for kind, a, b, _ in events if kind == "alloc"]
+        out.iova_allocs, out.iova_bytes = len(allocs), sum(n for _, n in allocs)
+        out.maps = [(a, b, c) for kind, a, b, c in events if kind == "map"]
+        out.exposed_bytes = exposed_bytes(out.maps, vecs)
+    else:
+        out.exposed_bytes = None
+    counters = trial.counters()
+    out.ptes = {size: counters[f"ptes_{size}"] for size in out.ptes}
+    out.invalidations = counters["invalidations"]
+    out.rules = [(name, RULES[name].source, _because(name, trial, request, out)) for name in
+                 [*names, *_after(trial, out, two_step=counters["unlinks"] > 0)]]
+    return out
+
+
+def _after(device: Device, out: Explanation, *, two_step: bool) -> list[str]:
+    if out.layout == "none":
+        return []
+    if out.layout == "direct":
+        return ["see-all"]
+    flush = "flush-now" if two_step else "flush-queue" if device.backend.mode == "lazy" else "flush-strict"
+    return [flush, *(["exposure"] if out.exposed_bytes else [])]
+
+
+def _bounces(device: Device, request: Mappable, out: Explanation) -> None:
+    granule = device.merge_boundary + 1
+    if device.untrusted and granule > 1:
+        for phys, n in request.vecs:
+            out.bounced += bounce_parts(int(phys), n, granule)
+    for name in ("bounce-needed", "no-pool") if out.bounced else ():
+        out.rules.append((name, RULES[name].source, _because(name, device, request, out)))
+
+
+def _because(name: str, device: Device, request: Mappable, out: Explanation) -> str:
+    text = RULES[name].text
+    granule = device.merge_boundary + 1
+    vecs = [(int(p), n) for p, n in request.vecs]
+    if name in ("gap", "gapped", "non-coherent", "virt-boundary"):
+        for (p, n), (q, _) in zip(vecs, vecs[1:], strict=False):
+            if (p + n) % granule:
+                return f"{text}: {p:#x}+{n:#x} ends {(p + n) % granule:#x} into a granule of {granule:#x}"
+            if q % granule:
+                return f"{text}: {q:#x} begins {q % granule:#x} into a granule of {granule:#x}"
+    if name == "no-gap":
+        return f"{text}: {request.gap_mask:#x} & {granule - 1:#x}"
+    if name == "bounce-needed":
+        return f"{text}: {sum(n for _, _, n in out.bounced)} bytes in {len(out.bounced)} parts"
+    if name == "exposure":
+        return f"{text}: {out.exposed_bytes} bytes"
+    if name == "segment-cut":
+        return f"{text}: {len(out.segments)} pieces"
+    if name in ("flush-now", "flush-strict"):
+        return f"{text}: {out.invalidations} invalidation{'s' if out.invalidations != 1 else ''}"
+    return text

@@ -1,0 +1,19 @@
+# cython: language_level=3
+from libc.stdint cimport uint64_t
+
+from dmapath.abi cimport phys_mem
+
+
+cdef class PhysMemory:
+    cdef phys_mem *mem
+    cdef char *arena
+    cdef readonly int fd
+    cdef readonly size_t size
+    cdef readonly size_t page_size
+    cdef readonly str layout
+    cdef object frames_
+    cdef uint64_t next_synthetic
+    cdef object __weakref__
+    cdef _place(self, uint64_t base, seed)
+
+

@@ -1,0 +1,278 @@
+# cython: language_level=3
+"""Physical memory made explicit: an arena on a memfd whose pages lie where we say, and buffers of the user's in place."""
+import os
+import random
+import resource
+import struct
+import weakref
+
+from cpython.buffer cimport (
+    PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
+)
+from libc.errno cimport EEXIST, EPERM, errno
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc, free
+
+from dmapath._core cimport (
+    phys_mem_add, phys_mem_copy, phys_mem_destroy, phys_mem_full, phys_mem_init, phys_mem_read_lock,
+    phys_mem_read_unlock, phys_mem_remove,
+)
+from dmapath.abi cimport phys_mem
+
+from dmapath.addr import PhysAddr, as_length, as_phys
+from dmapath.errors import DmaValueError, PermissionDeniedError, StateError, error_for
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *, size_t, int, int, int, long)
+    int munmap(void *, size_t)
+    void *MAP_FAILED
+    int PROT_READ, PROT_WRITE, MAP_SHARED
+
+PAGE = 4096
+_LAYOUTS = ("contiguous", "scattered", "huge")
+
+
+def _runs(frames, offset, length, unit):
+    """(phys, bytes) runs of physically adjacent bytes of [offset, offset + length) over frames of `unit` bytes."""
+    out = []
+    while length:
+        index, inside = divmod(offset, unit)
+        n = min(unit - inside, length)
+        at = frames[index] + inside
+        if out and out[-1][0] + out[-1][1] == at:
+            out[-1][1] += n
+        else:
+            out.append([at, n])
+        offset += n
+        length -= n
+    return [(PhysAddr(at), n) for at, n in out]
+
+
+cdef class PhysMemory:
+    """A machine's physical memory: an arena on a memfd, and whatever HostBuffers are added to it.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of the arena; rounded up to whole pages (2 MiB for layout "huge").
+    layout : "contiguous", "scattered" or "huge"
+        Where the arena's pages lie: side by side; 4 KiB pages in random order, no two neighbours adjacent; or 2 MiB
+        pages in random order, each 2 MiB aligned.
+    base : int
+        Lowest physical address of the arena.
+    seed : int
+        Of the order; the same seed gives the same layout.
+    """
+
+    def __cinit__(self, size=1 << 24, *, layout="contiguous", base=1 << 32, seed=0):
+        if layout not in _LAYOUTS:
+            raise DmaValueError("contiguous, scattered or huge", argument="layout", value=layout)
+        self.fd = -1
+        self.page_size = 1 << 21 if layout == "huge" else PAGE
+        self.size = (as_length(size) + self.page_size - 1) & ~(<size_t>self.page_size - 1)
+        self.layout = layout
+        base = as_phys(base, "base")
+        if base & (self.page_size - 1) or base + 4 * self.size > 1 << 51:
+            raise DmaValueError(f"a multiple of {self.page_size}, below 2**51", argument="base", value=base)
+        self.mem = <phys_mem *>calloc(1, sizeof(phys_mem_full))
+        if self.mem == NULL or phys_mem_init(self.mem):
+            raise MemoryError("no memory for a physical memory map")
+        self.fd = os.memfd_create("dmapath", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self.size)
+        cdef void *at = mmap(NULL, self.size, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
+        if at == MAP_FAILED:
+            raise error_for(errno, "the arena cannot be mapped", "size", self.size)
+        self.arena = <char *>at
+        self.next_synthetic = 1 << 50
+        self._place(base, seed)
+
+    cdef _place(self, uint64_t base, seed):
+        cdef uint64_t frame, sub
+        cdef size_t i, n = self.size // self.page_size, unit = self.page_size
+        if self.layout == "contiguous":
+            order = range(n)
+        else:
+            order = [2 * i for i in range(n)]  # every other frame: none touches the next
+            random.Random(seed).shuffle(order)
+        self.frames_ = [base + i * unit for i in order]
+        for i in range(n):
+            frame = self.frames_[i]
+            for sub in range(0, unit, 4096):
+                if phys_mem_add(self.mem, frame + sub, self.arena + i * unit + sub):
+                    raise MemoryError("no memory for a physical memory map")
+
+    def __dealloc__(self):
+        if self.arena != NULL:
+            munmap(self.arena, self.size)
+        if self.fd >= 0:
+            os.close(self.fd)
+        if self.mem != NULL:
+            phys_mem_destroy(self.mem)
+            free(self.mem)
+
+    def __repr__(self):
+        return f"PhysMemory({self.size}, layout={self.layout!r})"
+
+    def __len__(self):
+        return self.size
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.arena, self.size, 0, flags)
+
+    @property
+    def frames(self):
+        """Bytes of memory in all, the arena and buffers added."""
+        return (<phys_mem_full *>self.mem).frames * 4096
+
+    def phys(self, offset):
+        """PhysAddr of a byte of the arena."""
+        offset = as_length(offset, "offset", least=0)
+        if offset >= self.size:
+            raise DmaValueError(f"inside the arena of {self.size} bytes", argument="offset", value=offset)
+        return PhysAddr(self.frames_[offset // self.page_size] + offset % self.page_size)
+
+    def vecs(self, offset=0, length=None):
+        """Physically contiguous runs of arena bytes: list of (PhysAddr, bytes)."""
+        offset = as_length(offset, "offset", least=0)
+        length = as_length(self.size - offset if length is None else length, "length")
+        if offset + length > self.size:
+            raise DmaValueError(f"offset + length within {self.size} bytes", argument="length", value=length)
+        return _runs(self.frames_, offset, length, self.page_size)
+
+    def read(self, phys, length):
+        """Bytes at a physical address, as the CPU sees them."""
+        cdef uint64_t at = as_phys(phys), n = as_length(length, "length", least=0), done
+        out = bytearray(n)
+        cdef unsigned char[::1] view = out
+        if n:
+            phys_mem_read_lock(self.mem)
+            done = phys_mem_copy(self.mem, at, &view[0], n, False)
+            phys_mem_read_unlock(self.mem)
+            if done != n:
+                raise DmaValueError("no memory there", argument="phys", value=at + done)
+        return bytes(out)
+
+    def write(self, phys, data):
+        """Put bytes at a physical address, as the CPU would."""
+        cdef uint64_t at = as_phys(phys), done
+        cdef const unsigned char[::1] view = data
+        if view.shape[0]:
+            phys_mem_read_lock(self.mem)
+            done = phys_mem_copy(self.mem, at, <void *>&view[0], view.shape[0], True)
+            phys_mem_read_unlock(self.mem)
+            if done != <uint64_t>view.shape[0]:
+                raise DmaValueError("no memory there", argument="phys", value=at + done)
+
+
+def _synthetic(memory, n, layout, seed):
+    """n free frames: one run, or a shuffled set of which no two are neighbours."""
+    cdef PhysMemory m = memory
+    step = 1 if layout == "contiguous" else 2
+    base = m.next_synthetic
+    m.next_synthetic += (step * n + 1) * PAGE
+    order = list(range(n))
+    if step == 2:
+        random.Random(seed).shuffle(order)
+    return [base + step * i * PAGE for i in order]
+
+
+def _machine_frames(address, n):
+    """Frames that really hold n pages from a page-aligned address, from /proc/self/pagemap."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as f:
+        f.seek(address // PAGE * 8)
+        words = struct.unpack(f"<{n}Q", f.read(8 * n))
+    frames = [w & (1 << 55) - 1 for w in words]
+    if not all(w >> 63 for w in words):
+        raise StateError("a page of the buffer is not in memory: touch it first", argument="layout", value="pagemap")
+    if not all(frames):
+        raise PermissionDeniedError("frame numbers are hidden without CAP_SYS_ADMIN", argument="layout",
+                                    value="pagemap")
+    return [f * PAGE for f in frames]
+
+
+cdef class HostBuffer:
+    """Any object with the buffer protocol as DMA memory, in place.
+
+    Its pages are added to a PhysMemory until ``close()`` (or the end of a ``with`` block). While it is held, the owner
+    cannot be resized (Python refuses with BufferError).
+
+    Parameters
+    ----------
+    obj : buffer
+        C-contiguous; its bytes are used in place.
+    memory : PhysMemory
+        The machine the buffer belongs to.
+    layout : "scattered", "contiguous" or "pagemap"
+        Synthetic frames, apart or side by side; or the machine's own (needs CAP_SYS_ADMIN).
+    writable : bool
+        False takes a read-only buffer too; devices then must not write to it.
+    """
+
+    cdef Py_buffer view
+    cdef bint held
+    cdef readonly PhysMemory memory
+    cdef readonly str layout
+    cdef object frames_
+    cdef size_t offset
+
+    def __cinit__(self, obj, PhysMemory memory not None, *, layout="scattered", seed=0, writable=True):
+        if layout not in ("scattered", "contiguous", "pagemap"):
+            raise DmaValueError("scattered, contiguous or pagemap", argument="layout", value=layout)
+        PyObject_GetBuffer(obj, &self.view, PyBUF_CONTIG if writable else PyBUF_CONTIG_RO)
+        self.held = True
+        if self.view.len == 0:
+            raise DmaValueError("an empty buffer has no memory", argument="obj", value=obj)
+        self.memory, self.layout = memory, layout
+        cdef size_t start = <size_t>self.view.buf
+        self.offset = start & 4095
+        n = (self.offset + self.view.len + PAGE - 1) // PAGE
+        frames = (_machine_frames(start - self.offset, n) if layout == "pagemap"
+                  else _synthetic(memory, n, layout, seed))
+        cdef uint64_t frame
+        cdef int rc
+        self.frames_ = []
+        for i, frame in enumerate(frames):
+            rc = phys_mem_add(memory.mem, frame, <char *>start - self.offset + <size_t>i * 4096)
+            if rc:
+                self.close()
+                raise error_for(-rc, "the frame is taken" if rc == -EEXIST else "no memory for the map", "layout",
+                                layout)
+            self.frames_.append(frame)
+
+    def __dealloc__(self):
+        self.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __len__(self):
+        return self.view.len if self.held else 0
+
+    def close(self):
+        """Take the pages out of the memory and let go of the buffer. A device that still has them mapped faults."""
+        cdef uint64_t *list_
+        cdef size_t i, n
+        if not self.held:
+            return
+        n = len(self.frames_ or ())
+        list_ = <uint64_t *>calloc(n + 1, sizeof(uint64_t))
+        for i in range(n):
+            list_[i] = self.frames_[i]
+        with nogil:
+            phys_mem_remove(self.memory.mem, list_, n)
+        free(list_)
+        self.held = False
+        PyBuffer_Release(&self.view)
+
+    def vecs(self, offset=0, length=None):
+        """Physically contiguous runs of the buffer: list of (PhysAddr, bytes)."""
+        if not self.held:
+            raise StateError("the buffer was closed", argument="self", value=self)
+        offset = as_length(offset, "offset", least=0)
+        length = as_length(self.view.len - offset if length is None else length, "length")
+        if offset + length > self.view.len:
+            raise DmaValueError(f"offset + length within {self.view.len} bytes", argument="length", value=length)
+        return _runs(self.frames_, self.offset + offset, length, PAGE)

@@ -1,0 +1,193 @@
+# cython: language_level=3
+"""Memory regions as RDMA registers them: whole pages around a byte range, an IOVA, access rights, and the page size and
+block list (MTT) that a device's translation table would get (drivers/infiniband/core/umem.c, verbs.c)."""
+from dmapath.abi cimport DMA_ATTR_REQUIRE_COHERENT, DMA_BIDIRECTIONAL, DMA_RQ_SG
+from dmapath.request cimport Mappable
+
+from dmapath.addr import DmaAddr, as_dma, as_iova, as_length
+from dmapath.errors import DmaValueError, NotSupportedError, PermissionDeniedError
+
+PAGE = 4096
+LOCAL_WRITE, REMOTE_WRITE, REMOTE_READ, REMOTE_ATOMIC = 1, 2, 4, 8
+MW_BIND, ZERO_BASED, ON_DEMAND, HUGETLB = 16, 32, 64, 128
+FLUSH_GLOBAL, FLUSH_PERSISTENT, RELAXED_ORDERING = 256, 512, 1 << 20
+#: Access bits that make a region writable, and so pin its pages for writing (ib_access_writable).
+WRITABLE = LOCAL_WRITE | REMOTE_WRITE | REMOTE_ATOMIC | MW_BIND
+_OPTIONAL = 0x3ff << 20
+
+
+def check_access(access):
+    """Refuse what ib_check_mr_access refuses. Raises DmaValueError (EINVAL) or NotSupportedError (EOPNOTSUPP)."""
+    access = as_length(access, "access", least=0)
+    if access & ~(0x3ff | _OPTIONAL):
+        raise DmaValueError("unknown access bits (ib_check_mr_access)", argument="access", value=access)
+    if access & (REMOTE_WRITE | REMOTE_ATOMIC) and not access & LOCAL_WRITE:
+        raise DmaValueError("remote write or atomic access needs LOCAL_WRITE (ib_check_mr_access)", argument="access",
+                            value=access)
+    if access & (ON_DEMAND | FLUSH_GLOBAL | FLUSH_PERSISTENT):
+        raise NotSupportedError("the simulated device has no ODP and no persistent flush (ib_check_mr_access)",
+                                argument="access", value=access)
+    return access
+
+
+cdef class MemoryRegion(Mappable):
+    """A registered byte range: its pages are mapped whole, both ways, and must be coherent (ib_umem_get_va).
+
+    Parameters
+    ----------
+    pages : iterable of (phys, bytes)
+        Page-aligned runs that hold the range, in order.
+    offset : int
+        Bytes from the first page's start to the range's first byte, below 4096.
+    length : int
+        Bytes of the range.
+    iova : int
+        The address that the device's users give for its first byte; default: the offset.
+    access : int
+        LOCAL_WRITE | REMOTE_READ ... (enum ib_access_flags).
+    """
+
+    cdef readonly object offset, length, iova, access
+    cdef readonly bint writable
+
+    def __init__(self, pages, *, length, offset=0, iova=None, access=LOCAL_WRITE):
+        self.load(pages)
+        self.offset = as_length(offset, "offset", least=0)
+        self.length = as_length(length, "length")
+        if self.offset >= PAGE:
+            raise DmaValueError("below 4096", argument="offset", value=offset)
+        for i, (at, n) in enumerate(self.vecs):
+            if (int(at) | n) & (PAGE - 1):
+                raise DmaValueError("whole pages", argument=f"pages[{i}]", value=(at, n))
+        if not self.rq.total - PAGE < self.offset + self.length <= self.rq.total:
+            raise DmaValueError(f"offset + length must end in the last page of {self.rq.total} bytes",
+                                argument="length", value=length)
+        self.iova = as_iova(self.offset if iova is None else iova)
+        if self.iova + self.length - 1 > 2**64 - 1:
+            raise DmaValueError("iova + length passes 2**64", argument="iova", value=self.iova)
+        self.access = check_access(access)
+        self.writable = bool(self.access & WRITABLE)
+        self.rq.dir = DMA_BIDIRECTIONAL
+        self.rq.attrs = DMA_ATTR_REQUIRE_COHERENT
+        self.rq.flags = DMA_RQ_SG
+
+    @classmethod
+    def from_memory(cls, memory, offset, length, *, iova=None, access=LOCAL_WRITE):
+        """Register bytes [offset, offset + length) of a PhysMemory, which is kept alive."""
+        offset, length = as_length(offset, "offset", least=0), as_length(length, "length")
+        first = offset & ~(PAGE - 1)
+        last = (offset + length + PAGE - 1) & ~(PAGE - 1)
+        cdef MemoryRegion mr = cls(memory.vecs(first, last - first), offset=offset - first, length=length,
+                                   iova=offset if iova is None else iova, access=access)
+        mr.keeps = memory
+        return mr
+
+    def __repr__(self):
+        return f"MemoryRegion({self.length} bytes at iova {self.iova:#x}, {self.nr} runs)"
+
+    def rereg(self, access):
+        """Change the access rights. EACCES when pages pinned for reading would have to be written
+        (ib_umem_check_rereg)."""
+        access = check_access(access)
+        if access & WRITABLE and not self.writable:
+            raise PermissionDeniedError("the pages were pinned read-only (ib_umem_check_rereg)", errno=13,
+                                        argument="access", value=access)
+        self.access = access
+
+    def best_page_size(self, segments, page_sizes):
+        """The largest device page size that works for mapped segments, or 0 (ib_umem_find_best_pgsz)."""
+        return find_best_pgsz(segments, self.offset, self.length, self.iova, page_sizes)
+
+    def mtt(self, segments, page_size):
+        """The device's translation table: one page-aligned DmaAddr per page (rdma_umem_for_each_dma_block)."""
+        return dma_blocks(segments, self.offset, self.length, self.iova, page_size)
+
+
+def _dma_runs(segments):
+    runs = []
+    for s in segments:
+        addr, length = (s.addr, s.length) if hasattr(s, "addr") else s
+        addr, length = as_dma(addr), as_length(length, "length")
+        if runs and runs[-1][0] + runs[-1][1] == addr:
+            runs[-1][1] += length
+        else:
+            runs.append([addr, length])
+    return runs
+
+
+def find_best_pgsz(segments, offset, length, virt, page_sizes):
+    """Largest size of the bitmap that maps virt..virt+length over the segments page by page; 0: none does.
+
+    ``segments`` are (addr, bytes) of whole pages, ``offset`` the first byte's place in the first of them, all in
+    bytes. Mirrors ib_umem_find_best_pgsz of Linux 7.3: the result may cover memory outside the region.
+    """
+    if virt + length - 1 > 2**64 - 1:
+        return 0
+    mask = page_sizes & ~((1 << ((virt + length - 1) ^ virt).bit_length()) - 1)
+    va = virt
+    for i, (addr, n) in enumerate(_dma_runs(segments)):
+        skip = 0 if i else offset
+        mask |= (addr + skip) ^ va
+        if i:
+            mask |= va
+        va += n - skip
+    usable = page_sizes & (((mask & -mask) << 1) - 1) if mask else page_sizes
+    return 1 << usable.bit_length() - 1 if usable else 0
+
+
+def find_best_pgoff(segments, offset, length, page_sizes, mask):
+    """find_best_pgsz for an IOVA that keeps only the bits of mask of the DMA address (ib_umem_find_best_pgoff)."""
+    first = _dma_runs(segments)[0][0] + offset
+    if first & ~mask & (PAGE - 1):
+        return 0
+    return find_best_pgsz(segments, offset, length, first & mask, page_sizes)
+
+
+def dma_blocks(segments, offset, length, virt, page_size):
+    """Page-aligned DmaAddr of each device page of a region (rdma_umem_for_each_dma_block)."""
+    if page_size & (page_size - 1) or page_size <= 0:
+        raise DmaValueError("a power of two", argument="page_size", value=page_size)
+    runs = _dma_runs(segments)
+    first, last = virt & ~(page_size - 1), virt + length - 1
+    out, run, before = [], 0, -offset  # bytes of the region before runs[run]
+    for page in range(first, last + 1, page_size):
+        at = max(page, virt) - virt
+        while at >= before + runs[run][1]:
+            before += runs[run][1]
+            run += 1
+        out.append(DmaAddr(runs[run][0] + at - before & ~(page_size - 1)))
+    return out
+
+
+def sg_to_pages(segments, *, page_size=PAGE, sg_offset=0, max_pages=None, kernel_quirks=False):
+    """What a fast-registration MR takes of a list (ib_sg_to_pages): (entries taken, iova, bytes, pages, sg_offset).
+
+    Stops at the first gap inside a page and at max_pages; the rest needs another MR. ``kernel_quirks`` reports the
+    length as Linux 7.3 does when the capacity runs out inside an entry: one page short.
+    """
+    sg = [(as_dma(a), as_length(n, "length")) for a, n in ((s.addr, s.length) if hasattr(s, "addr") else s
+                                                          for s in segments)]
+    if not sg or sg_offset > sg[0][1]:
+        raise DmaValueError("within the first entry", argument="sg_offset", value=sg_offset)
+    iova, total, pages, end = sg[0][0] + sg_offset, 0, [], None
+    for i, (addr, n) in enumerate(sg):
+        start, stop = addr + sg_offset, addr + n
+        page = start & ~(page_size - 1)
+        if i and (end & (page_size - 1) or page != start):
+            if end != start:
+                return i, DmaAddr(iova), total, pages, 0
+            page += page_size
+        done = start
+        while page < stop:
+            if max_pages is not None and len(pages) == max_pages:
+                stored_to = done if kernel_quirks else max(page, start)
+                left = stored_to - addr
+                if not i and not left:
+                    raise DmaValueError("room for one page at least", argument="max_pages", value=max_pages)
+                return i, DmaAddr(iova), total + stored_to - start, pages, left
+            pages.append(DmaAddr(page))
+            done = page
+            page += page_size
+        total += stop - start
+        end, sg_offset = stop, 0
+    return len(sg), DmaAddr(iova), total, pages, 0

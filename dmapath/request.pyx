@@ -1,0 +1,146 @@
+# cython: language_level=3
+"""What a front end hands to the wrapper: physical vectors in order, iterated as the block layer iterates them."""
+from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from dmapath.abi cimport (
+    DMA_BIDIRECTIONAL, DMA_FROM_DEVICE, DMA_MAP_CHUNK, DMA_NONE, DMA_TO_DEVICE, dma_cursor, dma_limits, dma_request,
+    phys_vec,
+)
+
+from dmapath.addr import PhysAddr, as_length, as_phys
+from dmapath.errors import AddressTypeError, DmaValueError
+
+#: Direction names, by the kernel's number.
+DIRECTIONS = ("bidirectional", "to_device", "from_device")
+_SHORT = {"bidi": 0, "to": 1, "from": 2}
+
+
+def direction(value, argument="dir"):
+    """The kernel's number for a direction name ("to_device", "from_device", "bidirectional"; "to", "from", "bidi")."""
+    if value in DIRECTIONS:
+        return DIRECTIONS.index(value)
+    if value in _SHORT:
+        return _SHORT[value]
+    raise DmaValueError("to_device, from_device or bidirectional", argument=argument, value=value)
+
+
+# blk_map_iter_next: cap each vector at the segment limits, then absorb neighbours that continue it in memory
+cdef uint32_t vec_fill(const dma_request *rq, dma_cursor *c, const dma_limits *lim, phys_vec *out,
+                       uint32_t cap) noexcept nogil:
+    cdef const phys_vec *v = (<const phys_vec *>rq.priv) + c.item
+    cdef const phys_vec *end = (<const phys_vec *>rq.priv) + rq.max_vecs
+    cdef uint64_t at, rest, most, last, mask = lim.seg_boundary_mask, pos = c.pos
+    cdef uint32_t n = 0
+    while v < end and n < cap:
+        at = v.paddr.v + pos
+        rest = v.len - pos
+        most = UINT32_MAX - 1
+        last = mask - (at & mask)
+        most = last if last < most else most
+        most = (lim.max_segment_size - 1 if lim.max_segment_size - 1 < most else most) + 1
+        if rest > most:
+            rest = most
+            pos += most
+        else:
+            pos = 0
+            v += 1
+            while (v < end and at + rest == v.paddr.v and v.len <= most - rest
+                   and at | mask == (v.paddr.v + v.len - 1) | mask):
+                rest += v.len
+                v += 1
+        out[n].paddr.v = at
+        out[n].len = rest
+        n += 1
+    c.item = v - <const phys_vec *>rq.priv
+    c.pos = pos
+    return n
+
+
+cdef class Mappable:
+    """Base of Bio, Request and MemoryRegion: an ordered list of physical vectors that a device can map."""
+
+    def __cinit__(self):
+        self.rq.fill = vec_fill
+
+    def __dealloc__(self):
+        free(self.vecs_)
+
+    cdef int load(self, vecs) except -1:
+        cdef uint64_t at, n, total = 0
+        cdef Py_ssize_t i, count
+        items = list(vecs)
+        count = len(items)
+        if count > 1 << 31:
+            raise DmaValueError("at most 2**31 vectors", argument="vecs", value=count)
+        self.vecs_ = <phys_vec *>calloc(max(count, 1), sizeof(phys_vec))
+        if self.vecs_ == NULL:
+            raise MemoryError("no memory for the vectors")
+        for i in range(count):
+            try:
+                phys, length = items[i]
+            except (TypeError, ValueError):
+                raise AddressTypeError("a pair (phys, bytes) is wanted", argument=f"vecs[{i}]",
+                                       value=items[i]) from None
+            at, n = as_phys(phys, f"vecs[{i}].phys"), as_length(length, f"vecs[{i}].len")
+            if at + n - 1 < at:
+                raise DmaValueError("phys + len passes 2**64", argument=f"vecs[{i}]", value=items[i])
+            if total + n >= 1ULL << 62:
+                raise DmaValueError("less than 2**62 bytes in all", argument=f"vecs[{i}]", value=items[i])
+            self.vecs_[i].paddr.v = at
+            self.vecs_[i].len = n
+            total += n
+        self.nr = <uint32_t>count
+        self.rq.priv = self.vecs_
+        self.rq.total = total
+        self.rq.max_vecs = self.nr
+        return 0
+
+    @property
+    def vecs(self):
+        """The vectors as given: list of (PhysAddr, bytes)."""
+        cdef uint32_t i
+        return [(PhysAddr(self.vecs_[i].paddr.v), self.vecs_[i].len) for i in range(self.nr)]
+
+    @property
+    def total(self):
+        """Bytes in all."""
+        return self.rq.total
+
+    @property
+    def dir(self):
+        """Direction name: "to_device", "from_device" or "bidirectional"."""
+        return DIRECTIONS[<int>self.rq.dir]
+
+    @property
+    def gap_mask(self):
+        """Bits from the lowest in-page gap upward, 0 without a gap (req_phys_gap_mask)."""
+        return self.rq.gap_mask
+
+    @property
+    def gap_bit(self):
+        """One plus the index of the lowest gap bit, 0 without one (bi_bvec_gap_bit)."""
+        return (self.rq.gap_mask & -self.rq.gap_mask).bit_length()
+
+    def __len__(self):
+        return self.nr
+
+
+def iterate(Mappable source not None, limits):
+    """Physical segments as the block layer's iterator gives them (blk_map_iter_next): list of (PhysAddr, bytes).
+
+    ``limits`` is any object with max_segment_size (bytes or None) and seg_boundary_mask.
+    """
+    cdef dma_limits lim
+    cdef dma_cursor c
+    cdef phys_vec window[64]
+    cdef uint32_t n, i
+    lim.max_segment_size = limits.max_segment_size or UINT32_MAX
+    lim.seg_boundary_mask = limits.seg_boundary_mask
+    c.item = c.sub = c.pos = 0
+    out = []
+    while True:
+        n = source.rq.fill(&source.rq, &c, &lim, window, DMA_MAP_CHUNK)
+        if n == 0:
+            return out
+        out += [(PhysAddr(window[i].paddr.v), window[i].len) for i in range(n)]

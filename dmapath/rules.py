@@ -1,0 +1,173 @@
+"""The rules that decide how a request is mapped: their names, where they come from, and what to say about them."""
+
+from __future__ import annotations
+
+import errno as _errno
+from typing import TYPE_CHECKING, NamedTuple
+
+from dmapath.errors import AlignmentError, DmaError, DmaValueError, NoMemoryError, error_for
+from dmapath.wrapper import RULE_BITS
+
+if TYPE_CHECKING:
+    from dmapath.device import Device
+    from dmapath.request import Mappable
+
+__all__ = ["CASES", "RULES", "Rule"]
+
+
+class Rule(NamedTuple):
+    """A rule: the kernel function or specification it mirrors, and what it means."""
+
+    source: str
+    text: str
+
+
+#: Case name -> (number in the acceptance matrix, words).
+CASES = {
+    "direct": (1, "direct map"),
+    "iommu-aligned": (2, "IOMMU, aligned, no P2P"),
+    "iommu-aligned-p2p": (3, "IOMMU, aligned, some P2P"),
+    "swiotlb-single": (4, "swiotlb, single range"),
+    "swiotlb-multi": (5, "swiotlb, several ranges"),
+    "iommu-unaligned": (6, "IOMMU, unaligned"),
+    "empty": (0, "nothing to map"),
+}
+
+RULES: dict[str, Rule] = {
+    "empty": Rule("blk_rq_dma_map_iter_start", "the request has no data, so nothing is mapped"),
+    "no-iova": Rule("dma_iova_try_alloc (no dma_iommu)",
+                    "there is no IOMMU in the path, so no IOVA range can hold the request"),
+    "no-gap": Rule("blk_can_dma_map_iova", "no gap inside a granule (request gap mask & merge boundary is 0)"),
+    "gap": Rule("blk_can_dma_map_iova", "the request has a gap inside a granule, so Linux maps range by range"),
+    "iova-full": Rule("alloc_iova_fast", "no IOVA range of that size is free under the device's mask"),
+    "fits": Rule("dma_iova_link (granule rule)",
+                 "every range but the first begins, and every one but the last ends, on a granule"),
+    "gapped": Rule("dmapath layout gapped",
+                   "ranges begin or end inside a granule: each gets granules of its own in one IOVA range"),
+    "non-coherent": Rule("iommu_dma_iova_unlink_range_slow",
+                         "the device is not coherent: unmap must invalidate exactly the mapped bytes"),
+    "umem-sg": Rule("ib_umem_get_va", "Linux maps a memory region's pages with dma_map_sgtable"),
+    "alignment": Rule("queue_limits.dma_alignment", "an address or length misses the device's dma_alignment"),
+    "virt-boundary": Rule("queue_limits.virt_boundary_mask (bvec_gap_to_prev)",
+                          "the device takes no gaps, and nothing here can close them: split the bio first"),
+    "max-segments": Rule("queue_limits.max_segments", "more segments than the device takes: split the bio first"),
+    "segment-cut": Rule("queue_limits.max_segment_size, seg_boundary_mask",
+                        "the one range is handed out in pieces that the device takes"),
+    "link-failed": Rule("dma_iova_link", "a range could not be linked; what was linked is undone, nothing is retried"),
+    "map-failed": Rule("dma_map_phys", "a range could not be mapped; what was mapped is undone"),
+    "forget": Rule("dma_need_unmap", "direct and coherent: no address has to be kept for unmap"),
+    "bounce-needed": Rule("dev_use_swiotlb, iova_unaligned",
+                          "an untrusted device must not see the rest of a granule, so these bytes would have to bounce"),
+    "no-pool": Rule("swiotlb_map (no pool)", "there is no swiotlb pool to bounce through"),
+    "not-capable": Rule("dma_capable", "the device cannot reach the address"),
+    "min-align": Rule("iommu_dma_map_phys", "min_align_mask is wider than the granule"),
+    "flush-now": Rule("dma_iova_unlink", "unlink flushes its range from the IOTLB at once, in lazy mode too"),
+    "flush-strict": Rule("__iommu_dma_unmap (strict)", "each unmap flushes its range from the IOTLB at once"),
+    "flush-queue": Rule("queue_iova (lazy)",
+                        "unmaps are queued: 256 of them or 10 ms share one full flush, and stale entries live till then"),
+    "exposure": Rule("iommu_map (granule)", "whole granules are mapped: the device also sees bytes around the ranges"),
+    "see-all": Rule("dma_direct_map_phys", "without an IOMMU the device can reach all memory under its mask"),
+}
+
+_NAMES = {bit: name for name, bit in RULE_BITS.items()}
+
+
+def names_of(bits: int) -> list[str]:
+    """The names behind a state's rule bits."""
+    return [name for bit, name in sorted(_NAMES.items()) if bits & bit]
+
+
+def case_of(layout: str, bits: int) -> str:
+    """The case name for a layout and the rules that led to it."""
+    if layout in ("none", "direct"):
+        return "empty" if layout == "none" else "direct"
+    if layout == "linear":
+        return "iommu-aligned"
+    return "iommu-unaligned" if bits & (RULE_BITS["gap"] | RULE_BITS["gapped"] | RULE_BITS["non-coherent"]) else (
+        "iommu-aligned")
+
+
+def bounce_parts(phys: int, size: int, granule: int) -> list[tuple[str, int, int]]:
+    """(part, phys, bytes) of a range that an untrusted device could only get through a bounce buffer
+    (iommu_dma_iova_link_swiotlb: unaligned head and tail)."""
+    head = -phys % granule
+    parts = []
+    if head:
+        parts.append(("head", phys, min(size, head)))
+    if size > head and (phys + size) % granule:
+        tail = (phys + size) % granule
+        parts.append(("tail", phys + size - tail, tail))
+    return parts
+
+
+def _first_bounce(device: Device, request: Mappable) -> tuple[int, int] | None:
+    granule = device.merge_boundary + 1
+    if device.untrusted and granule > 1:
+        for phys, n in request.vecs:
+            if bounce_parts(int(phys), n, granule):
+                return int(phys), n
+    return None
+
+
+def refusal(device: Device, request: Mappable, errno: int, bits: int) -> DmaError:
+    """The exception for a request that could not be mapped, naming the rule."""
+    for name in ("alignment", "virt-boundary", "max-segments"):
+        if bits & RULE_BITS[name]:
+            rule = RULES[name]
+            kind = DmaValueError if name == "max-segments" else AlignmentError
+            return kind(f"{rule.text} [{rule.source}]", errno=errno, argument="request", value=request)
+    bounce = _first_bounce(device, request)
+    if bounce is not None and errno in (_errno.ENOMEM, _errno.EPERM, _errno.EIO):
+        return error_for(errno, _bounce_text(errno), "request", request)
+    if bits & RULE_BITS["link-failed"]:
+        return error_for(errno, f"{RULES['link-failed'].text} [dma_iova_link]", "request", request)
+    return error_for(errno, map_refusal(device, errno, 0, 0, 0), "request", request)
+
+
+def _bounce_text(errno: int) -> str:
+    need, pool = RULES["bounce-needed"], RULES["no-pool"]
+    if errno == _errno.EPERM:
+        return f"{need.text}, and memory with these attributes must not bounce [{need.source}]"
+    return f"{need.text}, and {pool.text} [{need.source}; {pool.source}]"
+
+
+def map_refusal(device: Device, errno: int, phys: int, size: int, attrs: int) -> str:
+    """Why map_phys gave no address, in words."""
+    if errno == _errno.EOPNOTSUPP:
+        return "memory that must be coherent, on a device that is not [dma_map_phys, REQUIRE_COHERENT]"
+    granule = device.merge_boundary + 1
+    if granule == 1:
+        return (f"{RULES['not-capable'].text} (mask {device.dma_mask:#x}, bus limit {device.bus_dma_limit:#x}), and "
+                f"{RULES['no-pool'].text} [{RULES['not-capable'].source}]")
+    if device.untrusted and (phys | size) % granule:
+        return _bounce_text(errno)
+    if device.min_align_mask > granule - 1:
+        return f"{RULES['min-align'].text} [{RULES['min-align'].source}]"
+    if errno == _errno.ENOMEM:
+        return f"{RULES['iova-full'].text}, or no memory for page tables [{RULES['iova-full'].source}]"
+    return "the address is too wide for the page table, or no direction was given [iommu_map]"
+
+
+def link_refusal(device: Device, errno: int, *, phys: int, offset: int, size: int, state_size: int) -> DmaError:
+    """The exception for a refused dma_iova_link, naming the argument."""
+    granule = device.merge_boundary + 1
+    inside = phys % granule if granule > 1 else 0
+    if granule == 1:
+        return error_for(errno, f"{RULES['no-iova'].text} [{RULES['no-iova'].source}]")
+    if errno == _errno.EIO:
+        return error_for(errno, "only the first range may begin inside a granule [dma_iova_link]", "phys", phys)
+    if errno == _errno.ERANGE and offset + size > state_size:
+        return error_for(errno, f"offset + size within the state's {state_size} bytes", "size", size)
+    if errno in (_errno.EADDRINUSE, _errno.EEXIST):
+        return error_for(errno, "this part of the state is linked already [iommu_map]", "offset", offset)
+    if device.untrusted and (phys | size) % granule:
+        return error_for(errno, _bounce_text(errno), "phys", phys)
+    if errno in (_errno.ENXIO, _errno.EINVAL) and size:
+        return AlignmentError("IOVA and physical address do not fall on granules together: the range before ended "
+                              f"inside one, or the state begins {inside} bytes off [iommu_map]", errno=errno,
+                              argument="phys", value=phys)
+    if errno == _errno.EOPNOTSUPP:
+        return error_for(errno, "memory that must be coherent, on a device that is not [dma_iova_link]")
+    if errno == _errno.ENOMEM:
+        return NoMemoryError("no memory for page tables [iommu_map]", errno=errno)
+    return error_for(errno, "the page table refused the range [iommu_map]", "size", size)

@@ -1,0 +1,389 @@
+/* SPDX-License-Identifier: MIT */
+#include "domain.h"
+
+#include <errno.h>
+#include <string.h>
+
+void log_event(struct event_log *l, enum event_kind k, uint64_t a, uint64_t b, uint64_t c)
+{
+    lock_acquire(&l->lock);
+    if (l->n == l->cap) {
+        uint64_t cap = l->cap ? l->cap * 2 : 64;
+        struct event *e = realloc(l->e, cap * sizeof(*e));
+        if (!e) {
+            lock_release(&l->lock);
+            return;
+        }
+        l->e = e;
+        l->cap = cap;
+    }
+    l->e[l->n++] = (struct event){ k, a, b, c };
+    lock_release(&l->lock);
+}
+
+/* ---- units and domains -------------------------------------------------------------------------------------------- */
+
+int iommu_unit_init(struct iommu_unit *u, uint32_t sets, uint32_t ways, bool caching_mode, struct fail_point *fail)
+{
+    memset(u, 0, sizeof(*u));
+    u->next_did = 1;
+    return iotlb_init(&u->tlb, sets, ways, caching_mode, fail);
+}
+
+void iommu_unit_destroy(struct iommu_unit *u) { iotlb_destroy(&u->tlb); }
+
+static int domain_init(struct iommu_domain *d, const struct iommu_domain_config *c)
+{
+    unsigned shift = (unsigned)__builtin_ctzll(c->page_sizes);
+    d->granule_shift = shift;
+    d->lazy = c->lazy;
+    d->arm = c->arm;
+    d->aperture_last = c->aperture_last;
+    d->counters = core_alloc(&d->fail, sizeof(*d->counters));
+    if (!d->counters)
+        return -ENOMEM;
+    int rc = pgt_init(&d->pgt, c->page_sizes, c->aperture_last, c->arm, &d->fail);
+    if (!rc)
+        rc = iova_domain_init(&d->iova, shift, c->aperture_first >> shift, c->ncpu, &d->fail);
+    if (!rc && c->lazy) {
+        d->fq = core_alloc(&d->fail, c->ncpu * sizeof(*d->fq));
+        rc = d->fq ? 0 : -ENOMEM;
+    }
+    return rc;
+}
+
+int iommu_domain_create(struct iommu_domain **out, struct iommu_unit *u, const struct iommu_domain_config *c)
+{
+    struct iommu_domain *d = calloc(1, sizeof(*d));
+    if (!d)
+        return -ENOMEM;
+    int rc = domain_init(d, c);
+    if (rc) {
+        free(d->fq);
+        iova_domain_destroy(&d->iova);
+        pgt_destroy(&d->pgt);
+        free(d->counters);
+        free(d);
+        return rc;
+    }
+    d->unit = u;
+    d->caching_mode = u->tlb.caching_mode;
+    lock_acquire(&u->lock);
+    d->did = u->next_did++;
+    d->next = u->domains;
+    u->domains = d;
+    lock_release(&u->lock);
+    *out = d;
+    return 0;
+}
+
+void iommu_domain_free(struct iommu_domain *d)
+{
+    struct iommu_unit *u = d->unit;
+    lock_acquire(&u->lock);
+    for (struct iommu_domain **p = &u->domains; *p; p = &(*p)->next)
+        if (*p == d) {
+            *p = d->next;
+            break;
+        }
+    lock_release(&u->lock);
+    iotlb_invalidate_domain(&u->tlb, d->did);
+    free(d->fq);
+    iova_domain_destroy(&d->iova);
+    pgt_destroy(&d->pgt);
+    free(d->log.e);
+    free(d->counters);
+    free(d);
+}
+
+/* ---- IOVA --------------------------------------------------------------------------------------------------------- */
+
+static inline uint64_t min_nonzero(uint64_t a, uint64_t b) { return !a ? b : !b ? a : a < b ? a : b; }
+
+uint64_t dom_alloc_iova(struct iommu_domain *d, struct dma_device *dev, uint64_t size)
+{
+    uint64_t pages = size >> d->granule_shift, pfn = 0;
+    uint64_t limit = min_nonzero(dev->dma_mask, dev->bus_dma_limit);
+    limit = limit < d->aperture_last ? limit : d->aperture_last;
+    if (limit > UINT32_MAX && load_relaxed(&dev->pci_32bit_workaround)) {
+        pfn = iova_alloc_fast(&d->iova, pages, UINT32_MAX >> d->granule_shift, false);
+        if (unlikely(!pfn))
+            store_relaxed(&dev->pci_32bit_workaround, 0);
+    }
+    if (unlikely(!pfn)) {
+        pfn = iova_alloc_fast(&d->iova, pages, limit >> d->granule_shift, true);
+        if (!pfn)
+            return 0;
+    }
+    count(d->counters, C_IOVA_ALLOCS, 1);
+    count(d->counters, C_IOVA_ALLOC_BYTES, size);
+    note(d, EV_ALLOC, pfn << d->granule_shift, size, 0);
+    return pfn << d->granule_shift;
+}
+
+void dom_free_iova(struct iommu_domain *d, uint64_t iova, uint64_t size)
+{
+    iova_free_fast(&d->iova, iova >> d->granule_shift, size >> d->granule_shift);
+    count(d->counters, C_IOVA_FREES, 1);
+    count(d->counters, C_IOVA_FREE_BYTES, size);
+    note(d, EV_FREE, iova, size, 0);
+}
+
+/* ---- map, unmap, flush -------------------------------------------------------------------------------------------- */
+
+static void count_levels(struct iommu_domain *d, enum counter first, const struct pgt_delta *delta)
+{
+    for (unsigned l = 0; l < 3; l++)
+        if (delta->set[l])
+            count(d->counters, first + l, delta->set[l]);
+}
+
+/* VT-d flushes the smallest aligned power of two of pages around a range. */
+static void flush_range(struct iommu_domain *d, uint64_t first, uint64_t last, enum event_kind kind)
+{
+    uint64_t differ = (first ^ last) >> 12;
+    unsigned order = differ ? 64 - (unsigned)__builtin_clzll(differ) : 0;
+    uint64_t low = order >= 52 ? UINT64_MAX : (1ull << (order + 12)) - 1;
+    iotlb_invalidate(&d->unit->tlb, d->did, first & ~low, last | low);
+    note(d, kind, first, last, order);
+}
+
+int dom_map(struct iommu_domain *d, struct pgt_walk *w, uint64_t iova, uint64_t phys, uint64_t size, unsigned prot)
+{
+    struct pgt_delta delta = { { 0, 0, 0 } };
+    struct pgt_freelist freed = { NULL };
+    int rc = pgt_map(&d->pgt, w, iova, phys, size, prot, &delta, &freed);
+    if (unlikely(freed.head)) { /* a large leaf replaced empty tables: drop them from the walk caches first */
+        iotlb_invalidate(&d->unit->tlb, d->did, iova, iova + size - 1);
+        pgt_free_tables(&d->pgt, &freed);
+    }
+    if (unlikely(rc))
+        return rc;
+    count_levels(d, C_PTE_SET, &delta);
+    note(d, EV_MAP, iova, phys, size);
+    return 0;
+}
+
+int dom_link_vec(struct iommu_domain *d, uint64_t iova, const struct phys_vec *v, uint32_t n, unsigned prot, bool gapped)
+{
+    struct pgt_delta delta = { { 0, 0, 0 } };
+    struct pgt_freelist freed = { NULL };
+    struct pgt_walk w = { NULL, 0 };
+    uint64_t at = iova, gm = dom_granule(d) - 1, bits = (prot & PTE_PROT) | PTE_LEAF;
+    uint64_t start = gapped ? iova : iova - (v[0].paddr.v & gm);
+    uint32_t i;
+    int rc = 0;
+    for (i = 0; i < n; i++) {
+        uint64_t phys = v[i].paddr.v, off = phys & gm, span = off + v[i].len;
+        if (!gapped) {
+            if (unlikely(off && i)) {
+                rc = -EIO; /* only the first range may begin inside a granule */
+                break;
+            }
+            at -= off;
+        }
+        if (likely(span - 1 < 4096 && gm == 4095 && pgt_map_page(&d->pgt, &w, at, phys - off, bits))) {
+            delta.set[0]++;
+            note(d, EV_MAP, at, phys - off, 4096);
+        } else {
+            rc = pgt_map(&d->pgt, &w, at, phys - off, dom_up(d, span), prot, &delta, &freed);
+            if (unlikely(rc))
+                break;
+            note(d, EV_MAP, at, phys - off, dom_up(d, span));
+        }
+        at += gapped ? dom_up(d, span) : span;
+    }
+    if (unlikely(rc && at != start)) {
+        struct pgt_delta undone = { { 0, 0, 0 } };
+        at = (at + gm) & ~gm;
+        note(d, EV_UNMAP, start, at - start, pgt_unmap(&d->pgt, start, at - start, &undone, &freed));
+        flush_range(d, start, at - 1, EV_FLUSH);
+    }
+    if (unlikely(freed.head)) { /* large leaves replaced empty tables: drop them from the walk caches first */
+        iotlb_invalidate_domain(&d->unit->tlb, d->did);
+        pgt_free_tables(&d->pgt, &freed);
+    }
+    if (unlikely(rc))
+        return rc;
+    count_levels(d, C_PTE_SET, &delta);
+    count(d->counters, C_LINKS, n);
+    return 0;
+}
+
+uint64_t dom_unmap(struct iommu_domain *d, uint64_t iova, uint64_t size)
+{
+    struct pgt_delta delta = { { 0, 0, 0 } };
+    struct pgt_freelist freed = { NULL };
+    uint64_t done = pgt_unmap(&d->pgt, iova, size, &delta, &freed);
+    count_levels(d, C_PTE_CLEAR, &delta);
+    note(d, EV_UNMAP, iova, size, done);
+    if (likely(done)) {
+        flush_range(d, iova, iova + done - 1, EV_FLUSH);
+        count(d->counters, C_INVAL_RANGE, 1);
+        pgt_free_tables(&d->pgt, &freed);
+    }
+    return done;
+}
+
+void dom_sync_map(struct iommu_domain *d, uint64_t iova, uint64_t size)
+{
+    note(d, EV_SYNC, iova, size, 0);
+    if (d->caching_mode) {
+        flush_range(d, iova, iova + size - 1, EV_FLUSH_NP);
+        count(d->counters, C_SYNC_FLUSH, 1);
+    }
+}
+
+uint64_t dom_iova_to_phys(struct iommu_domain *d, uint64_t iova)
+{
+    unsigned level;
+    uint64_t e = pgt_lookup(&d->pgt, iova, &level);
+    return e & PTE_LEAF ? (e & PTE_ADDR) + (iova & ((1ull << level_shift(level)) - 1)) : 0;
+}
+
+/* ---- flush queue -------------------------------------------------------------------------------------------------- */
+
+static inline uint32_t fq_next(uint32_t i) { return (i + 1) % FQ_SIZE; }
+static inline bool fq_full(const struct fq *q) { return fq_next(q->tail) == q->head; }
+
+static void fq_drop(struct iommu_domain *d, struct fq *q)
+{
+    uint64_t finished = load_acquire(&d->flush_finish);
+    while (q->head != q->tail && q->e[q->head].counter < finished) {
+        struct fq_entry *e = &q->e[q->head];
+        pgt_free_tables(&d->pgt, &e->freed);
+        dom_free_iova(d, e->pfn << d->granule_shift, e->pages << d->granule_shift);
+        q->head = fq_next(q->head);
+    }
+}
+
+void dom_flush_begin(struct iommu_domain *d)
+{
+    __atomic_add_fetch(&d->flush_start, 1, __ATOMIC_ACQ_REL);
+    iotlb_invalidate_domain(&d->unit->tlb, d->did);
+    count(d->counters, C_INVAL_FULL, 1);
+    note(d, EV_FLUSH_ALL, 0, UINT64_MAX, 0x34);
+}
+
+void dom_flush_end(struct iommu_domain *d) { __atomic_add_fetch(&d->flush_finish, 1, __ATOMIC_ACQ_REL); }
+
+static void fq_add(struct iommu_domain *d, uint64_t iova, uint64_t size, struct pgt_freelist freed)
+{
+    struct fq *q = &d->fq[thread_index() % d->iova.ncpu];
+    lock_acquire(&q->lock);
+    fq_drop(d, q);
+    if (fq_full(q)) {
+        dom_flush_begin(d);
+        dom_flush_end(d);
+        fq_drop(d, q);
+    }
+    q->e[q->tail] = (struct fq_entry){ iova >> d->granule_shift, size >> d->granule_shift,
+                                       load_acquire(&d->flush_start), freed };
+    q->tail = fq_next(q->tail);
+    lock_release(&q->lock);
+    if (!load_relaxed(&d->fq_deadline)) {
+        uint64_t unarmed = 0, at = load_relaxed(&d->unit->now_ns) + FQ_TIMEOUT_NS;
+        __atomic_compare_exchange_n(&d->fq_deadline, &unarmed, at, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    }
+}
+
+void dom_flush_queues(struct iommu_domain *d)
+{
+    if (!d->fq)
+        return;
+    store_relaxed(&d->fq_deadline, 0);
+    dom_flush_begin(d);
+    dom_flush_end(d);
+    for (unsigned i = 0; i < d->iova.ncpu; i++) {
+        lock_acquire(&d->fq[i].lock);
+        fq_drop(d, &d->fq[i]);
+        lock_release(&d->fq[i].lock);
+    }
+}
+
+uint64_t dom_queued(struct iommu_domain *d)
+{
+    uint64_t n = 0;
+    for (unsigned i = 0; d->fq && i < d->iova.ncpu; i++) {
+        lock_acquire(&d->fq[i].lock);
+        n += (d->fq[i].tail + FQ_SIZE - d->fq[i].head) % FQ_SIZE;
+        lock_release(&d->fq[i].lock);
+    }
+    return n;
+}
+
+uint64_t dom_unmap_free(struct iommu_domain *d, uint64_t iova, uint64_t size)
+{
+    if (!d->fq) {
+        uint64_t done = dom_unmap(d, iova, size);
+        dom_free_iova(d, iova, size);
+        return done;
+    }
+    struct pgt_delta delta = { { 0, 0, 0 } };
+    struct pgt_freelist freed = { NULL };
+    uint64_t done = pgt_unmap(&d->pgt, iova, size, &delta, &freed);
+    count_levels(d, C_PTE_CLEAR, &delta);
+    note(d, EV_UNMAP, iova, size, done);
+    fq_add(d, iova, size, freed);
+    return done;
+}
+
+void iommu_unit_advance(struct iommu_unit *u, uint64_t ns)
+{
+    lock_acquire(&u->lock);
+    uint64_t now = u->now_ns + ns;
+    store_relaxed(&u->now_ns, now);
+    for (struct iommu_domain *d = u->domains; d; d = d->next) {
+        uint64_t at = load_relaxed(&d->fq_deadline);
+        if (at && at <= now)
+            dom_flush_queues(d);
+        iova_depot_trim(&d->iova, now);
+    }
+    lock_release(&u->lock);
+}
+
+/* ---- the device's side -------------------------------------------------------------------------------------------- */
+
+int dom_bus_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova, uint64_t len, void *buf, int write,
+                   struct dma_fault *f)
+{
+    struct phys_mem *m = dev->mem;
+    struct iotlb *t = &d->unit->tlb;
+    uint64_t done = 0;
+    uint32_t reason = DMA_FAULT_NONE;
+    phys_mem_read_lock(m);
+    while (done < len && !reason) {
+        struct xlate x;
+        lock_acquire(&t->lock);
+        bool present = iotlb_translate(t, &d->pgt, d->did, iova + done, m, &x);
+        lock_release(&t->lock);
+        if (unlikely(!present)) {
+            reason = DMA_FAULT_NOT_PRESENT;
+            break;
+        }
+        if (unlikely(!(x.prot & (write ? PROT_WRITE_ : PROT_READ_)))) {
+            reason = write ? DMA_FAULT_WRITE : DMA_FAULT_READ;
+            break;
+        }
+        uint64_t n = x.left < len - done ? x.left : len - done, moved = n;
+        char *mine = (char *)buf + done;
+        if (likely(x.host != NULL && n <= 4096 - (x.phys & 4095))) {
+            if (write)
+                memcpy(x.host, mine, n);
+            else
+                memcpy(mine, x.host, n);
+        } else {
+            moved = phys_mem_copy(m, x.phys, mine, n, write);
+        }
+        done += moved;
+        if (unlikely(moved < n))
+            reason = DMA_FAULT_BUS;
+    }
+    phys_mem_read_unlock(m);
+    if (likely(!reason))
+        return 0;
+    count(d->counters, C_FAULTS, 1);
+    note(d, EV_FAULT, iova + done, reason, (uint64_t)write);
+    *f = (struct dma_fault){ dma_addr(iova + done), done, reason, (uint32_t)write };
+    return -EFAULT;
+}

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: MIT */
+/* The simulated IOMMU: units (IOTLB, clock) and domains (IOVA space, page table, flush queues), and what Linux's
+ * drivers/iommu/dma-iommu.c and iommu.c do with them below the DMA API. */
+#ifndef DMAPATH_DOMAIN_H
+#define DMAPATH_DOMAIN_H
+
+#include "dmapath/dmapath.h"
+#include "iotlb.h"
+#include "iova.h"
+
+enum { FQ_SIZE = 256 };          /* ring slots a CPU; one stays empty */
+#define FQ_TIMEOUT_NS 10000000ull
+
+struct fq_entry { uint64_t pfn, pages, counter; struct pgt_freelist freed; };
+struct fq { struct lock lock; uint32_t head, tail; struct fq_entry e[FQ_SIZE]; };
+
+/* One thing that happened, for those who asked (explain, replay, tests). */
+enum event_kind { EV_ALLOC, EV_FREE, EV_MAP, EV_UNMAP, EV_SYNC, EV_FLUSH, EV_FLUSH_NP, EV_FLUSH_ALL, EV_CLEAN,
+                  EV_CACHE_INVAL, EV_BARRIER, EV_FAULT };
+struct event { uint64_t kind, a, b, c; };
+struct event_log { struct lock lock; bool on; struct event *e; uint64_t n, cap; };
+
+struct iommu_domain;
+struct iommu_unit {
+    struct iotlb tlb;
+    struct lock lock;            /* the list of domains, the clock */
+    struct iommu_domain *domains;
+    uint64_t now_ns;
+    uint32_t next_did;
+};
+
+struct iommu_domain {
+    struct iommu_unit *unit;
+    struct iommu_domain *next;
+    struct counters *counters;
+    uint32_t did, granule_shift;
+    bool lazy, caching_mode, arm;
+    uint64_t aperture_last;
+    struct pgt pgt;
+    struct iova_domain iova;
+    struct fq *fq;               /* one a CPU; NULL: strict */
+    uint64_t flush_start, flush_finish, fq_deadline; /* deadline 0: timer not armed */
+    struct event_log log;
+    struct fail_point fail;
+};
+
+int iommu_unit_init(struct iommu_unit *, uint32_t sets, uint32_t ways, bool caching_mode, struct fail_point *);
+void iommu_unit_destroy(struct iommu_unit *);
+/* Let simulated time pass: expired flush-queue timers fire, depots are trimmed. */
+void iommu_unit_advance(struct iommu_unit *, uint64_t ns);
+
+struct iommu_domain_config {
+    uint64_t page_sizes, aperture_first, aperture_last;
+    uint32_t ncpu;
+    bool lazy, arm;
+};
+int iommu_domain_create(struct iommu_domain **, struct iommu_unit *, const struct iommu_domain_config *);
+void iommu_domain_free(struct iommu_domain *);
+
+static inline uint64_t dom_granule(const struct iommu_domain *d) { return 1ull << d->granule_shift; }
+static inline uint64_t dom_off(const struct iommu_domain *d, uint64_t x) { return x & (dom_granule(d) - 1); }
+static inline uint64_t dom_up(const struct iommu_domain *d, uint64_t x)
+{ return (x + dom_granule(d) - 1) & ~(dom_granule(d) - 1); }
+
+/* Granule-aligned IOVA for `size` bytes under the device's masks, or 0 (iommu_dma_alloc_iova). */
+uint64_t dom_alloc_iova(struct iommu_domain *, struct dma_device *, uint64_t size);
+void dom_free_iova(struct iommu_domain *, uint64_t iova, uint64_t size);
+/* One core map call without IOTLB sync (iommu_map_nosync). */
+int dom_map(struct iommu_domain *, struct pgt_walk *, uint64_t iova, uint64_t phys, uint64_t size, unsigned prot);
+/* n core map calls in one walk; all or nothing. Linear: side by side, iova names the first byte; gapped: each range at
+ * the next granule, iova is a granule. -EIO: a range after the first begins inside a granule (linear). */
+int dom_link_vec(struct iommu_domain *, uint64_t iova, const struct phys_vec *, uint32_t n, unsigned prot, bool gapped);
+/* One core unmap call and one ranged flush, at once (iommu_unmap). Returns bytes unmapped. */
+uint64_t dom_unmap(struct iommu_domain *, uint64_t iova, uint64_t size);
+/* What the classic unmap does: strict flushes and frees, lazy queues (__iommu_dma_unmap). Returns bytes unmapped. */
+uint64_t dom_unmap_free(struct iommu_domain *, uint64_t iova, uint64_t size);
+void dom_sync_map(struct iommu_domain *, uint64_t iova, uint64_t size);
+/* Exact byte behind an IOVA, or 0 (iommu_iova_to_phys). */
+uint64_t dom_iova_to_phys(struct iommu_domain *, uint64_t iova);
+
+/* One flush of everything a domain has cached, in its two halves: what is queued between them waits for the next. */
+void dom_flush_begin(struct iommu_domain *);
+void dom_flush_end(struct iommu_domain *);
+void dom_flush_queues(struct iommu_domain *); /* flush now, free what may go */
+uint64_t dom_queued(struct iommu_domain *);
+
+void log_event(struct event_log *, enum event_kind, uint64_t a, uint64_t b, uint64_t c);
+static inline void note(struct iommu_domain *d, enum event_kind k, uint64_t a, uint64_t b, uint64_t c)
+{
+    if (unlikely(load_relaxed(&d->log.on)))
+        log_event(&d->log, k, a, b, c);
+}
+
+/* The device's side: struct dma_bus_ops.access through the IOTLB. */
+int dom_bus_access(struct iommu_domain *, struct dma_device *, uint64_t iova, uint64_t len, void *buf, int write,
+                   struct dma_fault *);
+#endif

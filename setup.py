@@ -1,0 +1,53 @@
+"""Extensions of dmapath. Environment: DMAPATH_WERROR=1 turns warnings into errors, DMAPATH_SANITIZE=address,undefined
+builds with sanitizers, DMAPATH_ANNOTATE=1 writes cython's line scores beside the generated C."""
+
+import os
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+SANITIZE = os.environ.get("DMAPATH_SANITIZE", "")
+CORE = [f"ext/core/{name}.c" for name in ("util", "iova", "pgtable", "iotlb", "domain")]
+#: Module -> C sources that only it links; each file with state has one owner.
+MODULES = {
+    "dmapath.backends.base": [],
+    "dmapath.backends.direct": [],
+    "dmapath.backends.iommu": CORE,
+    "dmapath.memory": ["ext/core/mem.c"],
+    "dmapath.request": [],
+    "dmapath.bio": [],
+    "dmapath.mr": [],
+    "dmapath.wrapper": [],
+    "dmapath.device": [],
+    "dmapath.engine": [],
+    "dmapath._bench": [],
+}
+
+flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra",
+         # generated code: unused entry points and parameters, and comparisons that are true by type
+         "-Wno-unused-function", "-Wno-unused-parameter", "-Wno-sign-compare", "-Wno-missing-field-initializers",
+         "-Wno-type-limits", "-Wno-cast-function-type"]
+link: list[str] = []
+if os.environ.get("DMAPATH_WERROR"):
+    flags.append("-Werror")
+if SANITIZE:
+    flags += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+    link.append(f"-fsanitize={SANITIZE}")
+
+extensions = [
+    Extension(name, [name.replace(".", "/") + ".pyx", *sources], include_dirs=["ext/include", "ext/core"],
+              extra_compile_args=flags, extra_link_args=link,
+              depends=["ext/include/dmapath/dmapath.h", "ext/core/util.h", "ext/core/domain.h"])
+    for name, sources in MODULES.items()
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions,
+        nthreads=os.cpu_count() or 1,
+        build_dir="build/cython",
+        annotate=bool(os.environ.get("DMAPATH_ANNOTATE")),
+        compiler_directives={"language_level": "3", "embedsignature": True,
+                             "cdivision": True, "freethreading_compatible": True},
+    ),
+)
