@@ -105,13 +105,12 @@ def explain(device: Device, request: Mappable, policy: str) -> Explanation:
     names = mapping.rules
     mapping.unmap()
     out.unmap_state_bytes = mapping.unmap_state_bytes
-    vecs = [(int(p), n) for p, n in request.vecs]
     if recorded:
         events = trial.backend.events()
         allocs = [(a, b) for kind, a, b, _ in events if kind == "alloc"]
         out.iova_allocs, out.iova_bytes = len(allocs), sum(n for _, n in allocs)
         out.maps = [(a, b, c) for kind, a, b, c in events if kind == "map"]
-        out.exposed_bytes = exposed_bytes(out.maps, vecs)
+        out.exposed_bytes = exposed_bytes(out.maps, [(int(p), n) for p, n in request.wanted])
     else:
         out.exposed_bytes = None
     counters = trial.counters()

@@ -85,6 +85,16 @@ cdef class MemoryRegion(Mappable):
     def __repr__(self):
         return f"MemoryRegion({self.length} bytes at iova {self.iova:#x}, {self.nr} runs)"
 
+    @property
+    def wanted(self):
+        """The region's own bytes: list of (PhysAddr, bytes)."""
+        out, skip, left = [], self.offset, self.length
+        for at, n in self.vecs:
+            take = min(n - skip, left)
+            out.append((at + skip, take))
+            skip, left = 0, left - take
+        return out
+
     def rereg(self, access):
         """Change the access rights. EACCES when pages pinned for reading would have to be written
         (ib_umem_check_rereg)."""

@@ -103,6 +103,11 @@ cdef class Mappable:
         return [(PhysAddr(self.vecs_[i].paddr.v), self.vecs_[i].len) for i in range(self.nr)]
 
     @property
+    def wanted(self):
+        """The bytes that the request is about: list of (PhysAddr, bytes); a region's, without the rest of its pages."""
+        return self.vecs
+
+    @property
     def total(self):
         """Bytes in all."""
         return self.rq.total

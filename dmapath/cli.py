@@ -1,0 +1,286 @@
+"""The command line: compare, explain, replay. Exit codes: 0 fine, 1 a comparison or verification failed, 2 bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from dmapath import compare as compare_mod
+from dmapath._version import __version__
+from dmapath.backends.iommu import Iommu
+from dmapath.bio import Bio
+from dmapath.device import Device
+from dmapath.errors import DmaError
+from dmapath.explain import Explanation
+from dmapath.mr import MemoryRegion
+from dmapath.replay import Report, replay as replay_trace
+from dmapath.request import Mappable
+
+__all__ = ["main"]
+
+_OPS = {"to": "write", "from": "read"}
+
+
+class Number(click.ParamType):
+    """An integer: decimal or 0x hex, with an optional K, M or G (powers of 1024)."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it, or fail with exit code 2."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(0[xX][0-9a-fA-F]+|\d+)([KMG]?)", value)
+        if match is None:
+            self.fail(f"{value!r} is no number (12, 0x1000, 64K)", param, ctx)
+        return int(match[1], 0) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+
+
+class Range(click.ParamType):
+    """A physical range: PHYS+LEN."""
+
+    name = "phys+len"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Read it, or fail with exit code 2."""
+        phys, plus, length = value.partition("+")
+        if not plus:
+            self.fail(f"{value!r} is no range (0x100200+0xe00)", param, ctx)
+        number = Number()
+        return number.convert(phys, param, ctx), number.convert(length, param, ctx)
+
+
+def _console() -> Console:
+    # piped output keeps one row a line; a terminal keeps its own width
+    return Console(markup=False) if sys.stdout.isatty() else Console(width=150, markup=False)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dmapath")
+def cli() -> None:
+    """How buffers reach a device: mapped, explained, and compared with a kernel's trace."""
+
+
+# ---- compare ------------------------------------------------------------------------------------------------------
+
+_COLUMNS = (
+    ("request", lambda r: f"{r['request']} {r['ranges'] if r['request'] == 'bio' else '16 MiB'} {r['alignment']}"),
+    ("policy", lambda r: r["policy"]),
+    ("case", lambda r: r["case"]),
+    ("layout", lambda r: r["layout"]),
+    ("segs", lambda r: r["segments"]),
+    ("IOVA\nallocs", lambda r: r["iova_allocs"]),
+    ("PTEs\n4K/2M/1G", lambda r: "/".join(str(v) for v in r["ptes"].values())),
+    ("IOTLB\ninvals", lambda r: r["invalidations"]),
+    ("kept\nbytes", lambda r: r["unmap_state_bytes"]),
+    ("exposed\nbytes", lambda r: "all" if r["exposed_bytes"] is None else r["exposed_bytes"]),
+    ("data", lambda r: "ok" if r["verified"] else "WRONG"),
+    ("map\nns", lambda r: r["map_ns"]),
+    ("unmap\nns", lambda r: r["unmap_ns"]),
+    ("modelled\nns", lambda r: r["modelled_ns"]),
+)
+
+
+def _compare_table(console: Console, rows: list[dict[str, Any]]) -> None:
+    for backend, mode in compare_mod.MODES:
+        title = "no IOMMU" if backend == "direct" else f"{mode} IOMMU"
+        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        for i, (name, _) in enumerate(_COLUMNS):
+            table.add_column(name, justify="left" if i < 4 else "right", no_wrap=i < 4)
+        for r in rows:
+            if (r["backend"], r["mode"]) == (backend, mode):
+                table.add_row(*(str(cell(r)) for _, cell in _COLUMNS))
+        console.print(table)
+    console.print(
+        "exposed: bytes that the device can reach beyond the request (all: the whole memory). map, unmap: measured "
+        "here, medians. modelled: hardware time from published costs (dmapath.costs), for ranking only.\n"
+    )
+
+
+@cli.command()
+@click.option("--json", "json_path", metavar="FILE|-", help="Write the rows as one JSON object; - is standard output.")
+@click.option("--plot", "plot_path", metavar="FILE.png|.svg", help="Draw the figures.")
+def compare(json_path: str | None, plot_path: str | None) -> None:
+    """Aligned and unaligned requests, by Linux's rules and by the unified flow, on no, strict and lazy IOMMU."""
+    if plot_path is not None and not plot_path.endswith((".png", ".svg")):
+        raise click.UsageError("--plot wants a name that ends in .png or .svg")
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("mapping", total=1)
+        rows = compare_mod.rows(lambda done, of: bar.update(task, completed=done, total=of))
+    text = json.dumps(compare_mod.json_object(rows), indent=1)
+    if json_path == "-":
+        click.echo(text)
+    else:
+        if json_path is not None:
+            _write(json_path, text + "\n")
+        console = _console()
+        _compare_table(console, rows)
+        for sentence in compare_mod.sentences(rows):
+            console.print(sentence, highlight=False)
+    if plot_path is not None:
+        _plot(rows, plot_path)
+    if not all(r["verified"] for r in rows):
+        sys.exit(1)
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w") as f:
+            f.write(text)
+    except OSError as e:
+        raise click.UsageError(f"cannot write {path}: {e.strerror}") from None
+
+
+def _plot(rows: list[dict[str, Any]], path: str) -> None:
+    try:
+        from dmapath.plot import plot_compare
+
+        plot_compare(rows, path)
+    except ImportError:
+        raise click.UsageError("--plot needs matplotlib: pip install 'dmapath[plot]'") from None
+    except OSError as e:
+        raise click.UsageError(f"cannot write {path}: {e.strerror}") from None
+
+
+# ---- explain ------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("ranges", nargs=-1, required=True, type=Range(), metavar="PHYS+LEN...")
+@click.option("--policy", type=click.Choice(["unified", "linux"]), default="unified", show_default=True)
+@click.option("--backend", type=click.Choice(["direct", "iommu"]), default="iommu", show_default=True)
+@click.option("--mode", type=click.Choice(["strict", "lazy"]), default="strict", show_default=True)
+@click.option("--dir", "direction", type=click.Choice(["to", "from", "bidi"]), default="from", show_default=True,
+              help="to: the device reads memory. bidi: a memory region.")  # fmt: skip
+@click.option("--dma-mask", type=Number(), default=2**64 - 1, help="Greatest address the device can name.")
+@click.option("--bus-dma-limit", type=Number(), default=0, help="Greatest address its bus can name; 0: no limit.")
+@click.option("--untrusted", is_flag=True, help="It may see nothing but the bytes it was given.")
+@click.option("--non-coherent", is_flag=True, help="CPU caches do not see its DMA.")
+@click.option("--min-align-mask", type=Number(), default=0, help="Address bits a bounce buffer must keep.")
+@click.option("--max-segments", type=Number(), default=2**16 - 1)
+@click.option("--max-segment-size", type=Number(), default=None, help="Bytes.")
+@click.option("--seg-boundary-mask", type=Number(), default=2**64 - 1)
+@click.option("--virt-boundary", type=Number(), default=0, help="Mask; 0xfff: the device takes no gaps (PRP).")
+@click.option("--dma-alignment", type=Number(), default=0, help="Mask of address and length bits that must be 0.")
+@click.option("--forcedac", is_flag=True, help="Do not try IOVA below 4 GiB first.")
+@click.option("--json", "as_json", is_flag=True)
+def explain(
+    ranges: tuple[tuple[int, int], ...], policy: str, backend: str, mode: str, direction: str, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Will this buffer list become one range, a gapped range, many ranges, a bounce or an error, and by which rule?"""
+    options["coherent"] = not options.pop("non_coherent")
+    device = Device(iommu=Iommu(mode) if backend == "iommu" else None, **options)
+    request: Mappable
+    if direction == "bidi":
+        request = MemoryRegion(ranges, length=sum(n for _, n in ranges))
+    else:
+        request = Bio.from_phys(ranges, op=_OPS[direction])
+    told = device.explain(request, policy)
+    if as_json:
+        click.echo(json.dumps(told.to_dict(), indent=1))
+    else:
+        _print_explanation(_console(), told)
+
+
+def _print_explanation(console: Console, told: Explanation) -> None:
+    d = told.to_dict()
+    console.print(told.headline(), highlight=False)
+    if told.segments:
+        console.print("\nsegments")
+        for s in d["segments"]:
+            console.print(f"  {s['addr']} + {s['len']:#x}", highlight=False)
+    if told.maps:
+        console.print("\nmaps (IOVA <- physical)")
+        for m in d["maps"]:
+            console.print(f"  {m['iova']} <- {m['phys']} + {m['len']:#x}", highlight=False)
+    if told.bounced:
+        console.print("\nwould have to bounce")
+        for b in d["bounced"]:
+            console.print(f"  {b['part']} {b['phys']} + {b['len']:#x}", highlight=False)
+    if told.error is None:
+        exposed = "all memory" if told.exposed_bytes is None else f"{told.exposed_bytes} bytes"
+        console.print(
+            f"\nIOVA allocations: {told.iova_allocs} ({told.iova_bytes} bytes)\n"
+            f"page-table entries (4K/2M/1G): {'/'.join(str(v) for v in told.ptes.values())}\n"
+            f"IOTLB invalidations: {told.invalidations}\n"
+            f"kept for unmap: {told.unmap_state_bytes} bytes\n"
+            f"exposed beyond the request: {exposed}",
+            highlight=False,
+        )
+    if told.rules:
+        console.print("\nrules")
+        for rule, source, because in told.rules:
+            console.print(f"  {rule}: {because}\n      from {source}", highlight=False)
+
+
+# ---- replay -------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("traces", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False), metavar="TRACE...")
+@click.option("--json", "as_json", is_flag=True)
+def replay(traces: tuple[str, ...], as_json: bool) -> None:
+    """Map each I/O of a kernel's trace again and compare with what the kernel did (ftrace text, trace-cmd report)."""
+    reports = []
+    for path in traces:
+        try:
+            with open(path, encoding="utf-8") as f:
+                reports.append(replay_trace(f.readlines(), path))
+        except UnicodeDecodeError as e:
+            raise click.UsageError(f"{path}: not text: {e.reason} at byte {e.start}") from None
+    if as_json:
+        click.echo(json.dumps({"version": 1, "traces": [r.to_dict() for r in reports]}, indent=1))
+    else:
+        for report in reports:
+            _print_report(_console(), report)
+    if any(r.count("disagree") for r in reports):
+        sys.exit(1)
+
+
+def _print_report(console: Console, report: Report) -> None:
+    table = Table(title=f"{report.name} ({report.environment})", title_justify="left", title_style="bold",
+                  pad_edge=False)  # fmt: skip
+    for name in ("I/O", "line", "bytes", "flow here", "verdict"):
+        table.add_column(name, justify="right" if name in ("line", "bytes") else "left", no_wrap=True)
+    for o in report.outcomes:
+        table.add_row(f"{o.io.name} {o.io.op}", str(o.io.line), str(o.io.total), o.kinds, o.verdict)
+    console.print(table)
+    for o in report.outcomes:
+        for d in o.differences:
+            console.print(f"  {o.io.name} {o.io.op}: {d}", highlight=False)
+    agree, covered = report.count("agree"), report.count("agree") + report.count("disagree")
+    share = f"{100 * agree / covered:.0f} %" if covered else "nothing covered"
+    console.print(f"agrees with the kernel on {agree} of {covered} covered I/Os ({share})", highlight=False)
+    left_out = [o for o in report.outcomes if o.verdict == "not covered"]
+    for reason in sorted({o.reason for o in left_out}):
+        n = sum(o.reason == reason for o in left_out)
+        console.print(f"not covered: {n} I/Os, {reason}", highlight=False)
+    console.print()
+
+
+def main() -> None:
+    """Entry point of the ``dmapath`` command."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(2)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except DmaError as e:
+        click.echo(f"Error: {e.rule if not e.argument else e.strerror}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
