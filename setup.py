@@ -1,13 +1,14 @@
 """Extensions of dmapath. Environment: DMAPATH_WERROR=1 turns warnings into errors, DMAPATH_SANITIZE=address,undefined
 builds with sanitizers, DMAPATH_ANNOTATE=1 writes cython's line scores beside the generated C."""
 
+import glob
 import os
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 SANITIZE = os.environ.get("DMAPATH_SANITIZE", "")
-CORE = [f"ext/core/{name}.c" for name in ("util", "iova", "pgtable", "iotlb", "domain")]
+CORE = ["ext/core/core.c"]
 #: Module -> C sources that only it links; each file with state has one owner.
 MODULES = {
     "dmapath.backends.base": [],
@@ -37,7 +38,7 @@ if SANITIZE:
 extensions = [
     Extension(name, [name.replace(".", "/") + ".pyx", *sources], include_dirs=["ext/include", "ext/core"],
               extra_compile_args=flags, extra_link_args=link,
-              depends=["ext/include/dmapath/dmapath.h", "ext/core/util.h", "ext/core/domain.h"])
+              depends=sorted(glob.glob("ext/**/*.[ch]", recursive=True)))
     for name, sources in MODULES.items()
 ]
 

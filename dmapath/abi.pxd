@@ -161,6 +161,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         dma_cursor cursor
         uint64_t next
         uint64_t left
+        uint64_t granule_mask
         uint32_t have
         uint32_t at
         uint32_t whole

@@ -27,7 +27,7 @@ def plot_compare(table: list[dict[str, Any]], path: str) -> None:
             ax.plot([r["ranges"] for r in line], [r[key] for r in line], marker="o", color=colour,
                     label=f"{policy}, {alignment}", linestyle="-" if alignment == "aligned" else "--")  # fmt: skip
         ax.set_xscale("log", base=2)
-        ax.set_yscale("symlog")
+        ax.set_yscale("log")
         ax.set_xlabel("ranges of 4 KiB in the bio")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)

@@ -31,14 +31,13 @@ cdef uint32_t vec_fill(const dma_request *rq, dma_cursor *c, const dma_limits *l
     cdef const phys_vec *v = (<const phys_vec *>rq.priv) + c.item
     cdef const phys_vec *end = (<const phys_vec *>rq.priv) + rq.max_vecs
     cdef uint64_t at, rest, most, last, mask = lim.seg_boundary_mask, pos = c.pos
+    cdef uint64_t largest = lim.max_segment_size if lim.max_segment_size < UINT32_MAX else UINT32_MAX
     cdef uint32_t n = 0
     while v < end and n < cap:
         at = v.paddr.v + pos
         rest = v.len - pos
-        most = UINT32_MAX - 1
-        last = mask - (at & mask)
-        most = last if last < most else most
-        most = (lim.max_segment_size - 1 if lim.max_segment_size - 1 < most else most) + 1
+        last = mask - (at & mask)  # plus one: bytes to the boundary
+        most = largest if largest - 1 < last else last + 1
         if rest > most:
             rest = most
             pos += most

@@ -122,7 +122,7 @@ cdef inline void give_up(dma_map_state *st, uint64_t rule) noexcept nogil:
 
 # link every vector, sync once; on failure everything is taken back
 cdef int link_all(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gapped, uint64_t size) noexcept nogil:
-    cdef uint64_t gm = dev.ops.merge_boundary(dev), step
+    cdef uint64_t gm = it.granule_mask, step
     cdef dma_data_direction dir = <dma_data_direction>st.dir
     cdef uint32_t i
     cdef int rc = 0
@@ -171,7 +171,7 @@ cdef int map_in_one(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint g
 
 # map range by range, in map_next; what unmap will need is kept only where something must be unmapped
 cdef int prepare_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, uint32_t most) noexcept nogil:
-    st.layout = DMA_LAYOUT_PER_RANGE if dev.ops.merge_boundary(dev) else DMA_LAYOUT_DIRECT
+    st.layout = DMA_LAYOUT_PER_RANGE if it.granule_mask else DMA_LAYOUT_DIRECT
     st.iova.size = 0
     if not dev.ops.need_unmap(dev):
         st.rules |= R_FORGET
@@ -203,7 +203,7 @@ cdef int limits_refuse(dma_device *dev, dma_map_state *st, dma_map_iter *it, con
 
 
 cdef int start_unified(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
-    cdef uint64_t gm = dev.ops.merge_boundary(dev)
+    cdef uint64_t gm = it.granule_mask
     cdef bint fits, gapped_ok = dev.flags & DMA_DEV_COHERENT
     cdef shape s
     cdef int rc
@@ -256,14 +256,14 @@ cdef int start_umem(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexce
         give_up(st, R_MAP_FAILED)
         return rc
     st.nr_saved = <uint32_t>rc
-    st.layout = DMA_LAYOUT_LINEAR if dev.ops.merge_boundary(dev) else DMA_LAYOUT_DIRECT
+    st.layout = DMA_LAYOUT_LINEAR if it.granule_mask else DMA_LAYOUT_DIRECT
     it.at = 0
     return 0
 
 
 # blk_rq_dma_map_iter_start
 cdef int start_linux(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
-    cdef uint64_t gm = dev.ops.merge_boundary(dev)
+    cdef uint64_t gm = it.granule_mask
     cdef int rc = 0
     if it.rq.flags & DMA_RQ_SG:
         return start_umem(dev, st, it)
@@ -288,6 +288,7 @@ cdef int map_start(dma_device *dev, const dma_request *rq, dma_policy policy, dm
     it.rq = rq
     it.next = it.left = 0
     it.whole = 0
+    it.granule_mask = dev.ops.merge_boundary(dev)
     window_rewind(it)
     if window_load(it, &dev.limits) == 0:
         st.rules = R_EMPTY
@@ -328,7 +329,7 @@ cdef inline int next_linear(dma_device *dev, dma_map_state *st, dma_map_iter *it
 
 
 cdef inline int next_gapped(dma_device *dev, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    cdef uint64_t gm = dev.ops.merge_boundary(dev), off
+    cdef uint64_t gm = it.granule_mask, off
     cdef const phys_vec *v = window_next(it, &dev.limits)
     if v == NULL:
         return 0

@@ -13,9 +13,9 @@ from dmapath._core cimport (
     C_BARRIERS, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL, C_INVAL_RANGE, C_IOVA_ALLOC_BYTES,
     C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR, C_PTE_SET, C_SG_MAPS,
     C_SG_UNMAPS, C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_CACHE_INVAL, EV_CLEAN, PROT_CACHE,
-    PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, counter_read, dom_alloc_iova, dom_bus_access,
-    dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule, dom_iova_to_phys, dom_link_vec,
-    dom_map, dom_off, dom_queued, dom_sync_map, dom_unmap, dom_unmap_free, dom_up, fail_point, iommu_domain,
+    PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, counter_read, dom_alloc_iova, dom_attach, dom_bus_access,
+    dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule, dom_iova_to_phys, dom_link_gapped,
+    dom_link_vec, dom_map, dom_off, dom_queued, dom_sync_map, dom_unmap, dom_unmap_free, dom_up, fail_point, iommu_domain,
     iommu_domain_config, iommu_domain_create, iommu_domain_free, iommu_unit, iommu_unit_advance, iommu_unit_destroy,
     iommu_unit_init, iova_cached_ranges, iova_reserve, lock_acquire, lock_release, note, pgt_walk,
 )
@@ -36,23 +36,27 @@ _EVENTS = ("alloc", "free", "map", "unmap", "sync", "flush", "flush_np", "flush_
 _MODES = ("strict", "lazy", "passthrough")
 
 
+cdef extern from *:
+    """
+    #define unlikely(x) __builtin_expect(!!(x), 0)
+    """
+    bint unlikely(bint) noexcept nogil
+
+
 cdef inline iommu_domain *domain_of(dma_device *dev) noexcept nogil:
     return <iommu_domain *>dev.priv
 
 
 # dma_info_to_prot
 cdef inline unsigned prot_of(dma_device *dev, dma_data_direction dir, unsigned long attrs) noexcept nogil:
-    cdef unsigned prot = 0
+    # two bits for each direction: bidirectional reads and writes, to_device reads, from_device writes, none nothing
+    cdef unsigned prot = (0x27 >> (2 * <unsigned>dir)) & (PROT_READ_ | PROT_WRITE_)
     if attrs & DMA_ATTR_MMIO:
-        prot = PROT_MMIO
+        prot |= PROT_MMIO
     elif dev.flags & DMA_DEV_COHERENT:
-        prot = PROT_CACHE
+        prot |= PROT_CACHE
     if attrs & DMA_ATTR_PRIVILEGED:
         prot |= PROT_PRIV
-    if dir == DMA_TO_DEVICE or dir == DMA_BIDIRECTIONAL:
-        prot |= PROT_READ_
-    if dir == DMA_FROM_DEVICE or dir == DMA_BIDIRECTIONAL:
-        prot |= PROT_WRITE_
     return prot
 
 
@@ -88,64 +92,60 @@ cdef int iommu_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, 
     return 1
 
 
-# what dma_iova_link refuses before it maps anything; `offset` and v[0] are those of the call
-cdef int link_refused(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
-                      uint64_t total, unsigned long attrs) noexcept nogil:
+# what dma_iova_link refuses before it maps anything, for devices that are more than coherent and trusted
+cdef int link_refused(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n,
+                      unsigned long attrs) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
     cdef uint32_t i
-    if dev.flags != DMA_DEV_COHERENT or st.size & DMA_IOVA_USE_SWIOTLB:
-        if attrs & DMA_ATTR_REQUIRE_COHERENT and (st.size & DMA_IOVA_USE_SWIOTLB
-                                                  or not dev.flags & DMA_DEV_COHERENT):
-            return -EOPNOTSUPP
-        if dev.flags & DMA_DEV_UNTRUSTED:
-            for i in range(n):
-                if dom_off(d, v[i].paddr.v | v[i].len):
-                    # would have to bounce: never with these attributes, and there is no pool (swiotlb_map)
-                    return -EPERM if attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT) else -ENOMEM
-        if dev.flags & DMA_DEV_QUIRKS:
-            return 0
-    # Linux does not look: it would map IOVA that belongs to others
-    if total > dma_iova_size(st) or offset > dma_iova_size(st) - total:
-        return -ERANGE
+    if attrs & DMA_ATTR_REQUIRE_COHERENT and (st.size & DMA_IOVA_USE_SWIOTLB or not dev.flags & DMA_DEV_COHERENT):
+        return -EOPNOTSUPP
+    if dev.flags & DMA_DEV_UNTRUSTED:
+        for i in range(n):
+            if dom_off(d, v[i].paddr.v | v[i].len):
+                # would have to bounce: never with these attributes, and there is no pool (swiotlb_map)
+                return -EPERM if attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT) else -ENOMEM
     return 0
 
 
-cdef uint64_t sum_of(const phys_vec *v, uint32_t n) noexcept nogil:
-    cdef uint64_t total = 0
-    cdef uint32_t i
-    for i in range(n):
-        if v[i].len > (1ULL << 62) - total:
-            return UINT64_MAX
-        total += v[i].len
-    return total
-
-
-cdef void clean_linked(dma_device *dev, const phys_vec *v, uint32_t n, unsigned long attrs) noexcept nogil:
+cdef void clean_linked(dma_device *dev, const phys_vec *v, uint32_t n) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
     cdef uint64_t off
     cdef uint32_t i
-    if not cpu_sync(dev, attrs):
-        return
     for i in range(n):
         off = dom_off(d, v[i].paddr.v)
         clean_for_device(d, v[i].paddr.v - off, dom_up(d, v[i].len + off))
 
 
 # dma_iova_link, n times in one walk
+cdef inline int link_ranges(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
+                            dma_data_direction dir, unsigned long attrs, bint gapped) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t size = dma_iova_size(st), end = st.addr.v + size
+    cdef int rc
+    if offset and not gapped and dom_off(d, v[0].paddr.v):
+        return -EIO
+    if unlikely(dev.flags != DMA_DEV_COHERENT or st.size & DMA_IOVA_USE_SWIOTLB):
+        rc = link_refused(dev, st, v, n, attrs)
+        if rc:
+            return rc
+        if dev.flags & DMA_DEV_QUIRKS:
+            end = UINT64_MAX
+    if unlikely(offset > end - st.addr.v):
+        return -ERANGE
+    if gapped:
+        rc = dom_link_gapped(d, st.addr.v + offset, end, v, n, prot_of(dev, dir, attrs))
+    else:
+        rc = dom_link_vec(d, st.addr.v + offset, end, v, n, prot_of(dev, dir, attrs))
+    if unlikely(rc == 0 and cpu_sync(dev, attrs)):
+        clean_linked(dev, v, n)
+    return rc
+
+
 cdef int iommu_link_vec(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
                         dma_data_direction dir, unsigned long attrs) noexcept nogil:
-    cdef iommu_domain *d = domain_of(dev)
-    cdef int rc
     if n == 0:
         return -EINVAL
-    if offset and dom_off(d, v[0].paddr.v):
-        return -EIO
-    rc = link_refused(dev, st, v, n, offset, sum_of(v, n), attrs)
-    if rc == 0:
-        rc = dom_link_vec(d, st.addr.v + offset, v, n, prot_of(dev, dir, attrs), False)
-    if rc == 0:
-        clean_linked(dev, v, n, attrs)
-    return rc
+    return link_ranges(dev, st, v, n, offset, dir, attrs, False)
 
 
 cdef int iommu_link(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t offset, uint64_t size,
@@ -153,34 +153,21 @@ cdef int iommu_link(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint6
     cdef phys_vec one
     one.paddr = phys
     one.len = size
-    return iommu_link_vec(dev, st, &one, 1, offset, dir, attrs)
+    return link_ranges(dev, st, &one, 1, offset, dir, attrs, False)
 
 
 cdef int iommu_link_gapped(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
                            dma_data_direction dir, unsigned long attrs) noexcept nogil:
-    cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t total = 0
-    cdef uint32_t i
-    cdef int rc
-    if n == 0 or dom_off(d, st.addr.v + offset):
+    if n == 0 or dom_off(domain_of(dev), st.addr.v + offset):
         return -EINVAL
-    for i in range(n):
-        if v[i].len == 0 or v[i].len > (1ULL << 62) - total:
-            return -EINVAL
-        total += dom_up(d, v[i].len + dom_off(d, v[i].paddr.v))
-    rc = link_refused(dev, st, v, n, offset, total, attrs)
-    if rc == 0:
-        rc = dom_link_vec(d, st.addr.v + offset, v, n, prot_of(dev, dir, attrs), True)
-    if rc == 0:
-        clean_linked(dev, v, n, attrs)
-    return rc
+    return link_ranges(dev, st, v, n, offset, dir, attrs, True)
 
 
 # dma_iova_sync
 cdef int iommu_sync(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64_t size) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
     cdef uint64_t addr = st.addr.v + offset, off = dom_off(d, addr)
-    if not dev.flags & DMA_DEV_COHERENT:
+    if unlikely(not dev.flags & DMA_DEV_COHERENT):
         barrier(d)
     dom_sync_map(d, addr - off, dom_up(d, size + off))
     count(d.counters, C_SYNCS, 1)
@@ -612,6 +599,7 @@ cdef class IommuDomain(Backend):
         dev.ops = &self.ops
         dev.priv = self.dom
         dev.bus = &iommu_bus
+        dom_attach(self.dom, dev)
         return 0
 
     @property

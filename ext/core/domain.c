@@ -36,6 +36,7 @@ static int domain_init(struct iommu_domain *d, const struct iommu_domain_config 
 {
     unsigned shift = (unsigned)__builtin_ctzll(c->page_sizes);
     d->granule_shift = shift;
+    d->granule_mask = (1ull << shift) - 1;
     d->lazy = c->lazy;
     d->arm = c->arm;
     d->aperture_last = c->aperture_last;
@@ -100,23 +101,29 @@ void iommu_domain_free(struct iommu_domain *d)
 
 static inline uint64_t min_nonzero(uint64_t a, uint64_t b) { return !a ? b : !b ? a : a < b ? a : b; }
 
-uint64_t dom_alloc_iova(struct iommu_domain *d, struct dma_device *dev, uint64_t size)
+void dom_attach(struct iommu_domain *d, const struct dma_device *dev)
 {
-    uint64_t pages = size >> d->granule_shift, pfn = 0;
     uint64_t limit = min_nonzero(dev->dma_mask, dev->bus_dma_limit);
     limit = limit < d->aperture_last ? limit : d->aperture_last;
-    if (limit > UINT32_MAX && load_relaxed(&dev->pci_32bit_workaround)) {
-        pfn = iova_alloc_fast(&d->iova, pages, UINT32_MAX >> d->granule_shift, false);
-        if (unlikely(!pfn))
-            store_relaxed(&dev->pci_32bit_workaround, 0);
+    d->limit_pfn = limit >> d->granule_shift;
+}
+
+uint64_t dom_alloc_iova(struct iommu_domain *d, struct dma_device *dev, uint64_t size)
+{
+    uint64_t pages = size >> d->granule_shift, low = UINT32_MAX >> d->granule_shift, pfn;
+    if (likely(d->limit_pfn > low && load_relaxed(&dev->pci_32bit_workaround))) {
+        pfn = iova_alloc_fast(&d->iova, pages, low, false);
+        if (likely(pfn))
+            goto found;
+        store_relaxed(&dev->pci_32bit_workaround, 0);
     }
-    if (unlikely(!pfn)) {
-        pfn = iova_alloc_fast(&d->iova, pages, limit >> d->granule_shift, true);
-        if (!pfn)
-            return 0;
-    }
-    count(d->counters, C_IOVA_ALLOCS, 1);
-    count(d->counters, C_IOVA_ALLOC_BYTES, size);
+    pfn = iova_alloc_fast(&d->iova, pages, d->limit_pfn, true);
+    if (unlikely(!pfn))
+        return 0;
+found:;
+    struct tally t = tally_of(d->counters);
+    tally(t, C_IOVA_ALLOCS, 1);
+    tally(t, C_IOVA_ALLOC_BYTES, size);
     note(d, EV_ALLOC, pfn << d->granule_shift, size, 0);
     return pfn << d->granule_shift;
 }
@@ -124,28 +131,38 @@ uint64_t dom_alloc_iova(struct iommu_domain *d, struct dma_device *dev, uint64_t
 void dom_free_iova(struct iommu_domain *d, uint64_t iova, uint64_t size)
 {
     iova_free_fast(&d->iova, iova >> d->granule_shift, size >> d->granule_shift);
-    count(d->counters, C_IOVA_FREES, 1);
-    count(d->counters, C_IOVA_FREE_BYTES, size);
+    struct tally t = tally_of(d->counters);
+    tally(t, C_IOVA_FREES, 1);
+    tally(t, C_IOVA_FREE_BYTES, size);
     note(d, EV_FREE, iova, size, 0);
 }
 
 /* ---- map, unmap, flush -------------------------------------------------------------------------------------------- */
 
-static void count_levels(struct iommu_domain *d, enum counter first, const struct pgt_delta *delta)
+static inline void tally_levels(struct tally t, enum counter first, const struct pgt_delta *delta)
 {
-    for (unsigned l = 0; l < 3; l++)
-        if (delta->set[l])
-            count(d->counters, first + l, delta->set[l]);
+    tally(t, first, delta->set[0]);
+    if (unlikely(delta->set[1] | delta->set[2])) {
+        tally(t, first + 1, delta->set[1]);
+        tally(t, first + 2, delta->set[2]);
+    }
 }
 
 /* VT-d flushes the smallest aligned power of two of pages around a range. */
-static void flush_range(struct iommu_domain *d, uint64_t first, uint64_t last, enum event_kind kind)
+static RARE void flush_range_slow(struct iommu_domain *d, uint64_t first, uint64_t last, enum event_kind kind)
 {
     uint64_t differ = (first ^ last) >> 12;
     unsigned order = differ ? 64 - (unsigned)__builtin_clzll(differ) : 0;
     uint64_t low = order >= 52 ? UINT64_MAX : (1ull << (order + 12)) - 1;
     iotlb_invalidate(&d->unit->tlb, d->did, first & ~low, last | low);
     note(d, kind, first, last, order);
+}
+
+static inline void flush_range(struct iommu_domain *d, uint64_t first, uint64_t last, enum event_kind kind)
+{
+    /* an empty IOTLB needs no search, but its lock: a walk that began earlier may be about to fill it */
+    if (unlikely(!iotlb_empty(&d->unit->tlb) || load_relaxed(&d->log.on)))
+        flush_range_slow(d, first, last, kind);
 }
 
 int dom_map(struct iommu_domain *d, struct pgt_walk *w, uint64_t iova, uint64_t phys, uint64_t size, unsigned prot)
@@ -159,65 +176,119 @@ int dom_map(struct iommu_domain *d, struct pgt_walk *w, uint64_t iova, uint64_t 
     }
     if (unlikely(rc))
         return rc;
-    count_levels(d, C_PTE_SET, &delta);
+    tally_levels(tally_of(d->counters), C_PTE_SET, &delta);
     note(d, EV_MAP, iova, phys, size);
     return 0;
 }
 
-int dom_link_vec(struct iommu_domain *d, uint64_t iova, const struct phys_vec *v, uint32_t n, unsigned prot, bool gapped)
+/* Take back what a failed vector of links has mapped: [start, end), rounded out to granules. */
+static void link_undo(struct iommu_domain *d, uint64_t start, uint64_t end, struct pgt_freelist *freed)
 {
-    struct pgt_delta delta = { { 0, 0, 0 } };
+    struct pgt_delta undone = { { 0, 0, 0 } };
+    uint64_t size = dom_up(d, end) - start;
+    if (!size)
+        return;
+    note(d, EV_UNMAP, start, size, pgt_unmap(&d->pgt, start, size, &undone, freed));
+    flush_range(d, start, start + size - 1, EV_FLUSH);
+}
+
+struct linking { struct pgt_walk w; uint64_t at, end; uint32_t i; }; /* where a vector of links stands */
+
+/* From range l.i on, whatever the ranges are like. */
+static RARE int link_any(struct iommu_domain *d, uint64_t start, struct linking l, const struct phys_vec *v, uint32_t n,
+                         unsigned prot, bool gapped)
+{
+    struct pgt_delta delta = { { l.i, 0, 0 } }; /* each range so far was a page */
     struct pgt_freelist freed = { NULL };
-    struct pgt_walk w = { NULL, 0 };
-    uint64_t at = iova, gm = dom_granule(d) - 1, bits = (prot & PTE_PROT) | PTE_LEAF;
-    uint64_t start = gapped ? iova : iova - (v[0].paddr.v & gm);
+    uint64_t at = l.at;
     uint32_t i;
     int rc = 0;
-    for (i = 0; i < n; i++) {
-        uint64_t phys = v[i].paddr.v, off = phys & gm, span = off + v[i].len;
-        if (!gapped) {
-            if (unlikely(off && i)) {
-                rc = -EIO; /* only the first range may begin inside a granule */
-                break;
-            }
-            at -= off;
+    for (i = l.i; i < n; i++) {
+        uint64_t phys = v[i].paddr.v, off = dom_off(d, phys), len = v[i].len, span = off + len;
+        uint64_t next = at + (gapped ? dom_up(d, span) : len);
+        if (next > l.end || next < at || len > l.end) {
+            rc = -ERANGE; /* Linux does not look: it would map IOVA that belongs to others */
+            break;
         }
-        if (likely(span - 1 < 4096 && gm == 4095 && pgt_map_page(&d->pgt, &w, at, phys - off, bits))) {
-            delta.set[0]++;
-            note(d, EV_MAP, at, phys - off, 4096);
-        } else {
-            rc = pgt_map(&d->pgt, &w, at, phys - off, dom_up(d, span), prot, &delta, &freed);
-            if (unlikely(rc))
-                break;
-            note(d, EV_MAP, at, phys - off, dom_up(d, span));
+        if (!gapped && off && i) {
+            rc = -EIO; /* only the first range may begin inside a granule */
+            break;
         }
-        at += gapped ? dom_up(d, span) : span;
+        rc = pgt_map(&d->pgt, &l.w, gapped ? at : at - off, phys - off, dom_up(d, span), prot, &delta, &freed);
+        if (rc)
+            break;
+        note(d, EV_MAP, gapped ? at : at - off, phys - off, dom_up(d, span));
+        at = next;
     }
-    if (unlikely(rc && at != start)) {
-        struct pgt_delta undone = { { 0, 0, 0 } };
-        at = (at + gm) & ~gm;
-        note(d, EV_UNMAP, start, at - start, pgt_unmap(&d->pgt, start, at - start, &undone, &freed));
-        flush_range(d, start, at - 1, EV_FLUSH);
-    }
-    if (unlikely(freed.head)) { /* large leaves replaced empty tables: drop them from the walk caches first */
+    if (rc)
+        link_undo(d, start, i ? at : start, &freed);
+    if (freed.head) { /* large leaves replaced empty tables: drop them from the walk caches first */
         iotlb_invalidate_domain(&d->unit->tlb, d->did);
         pgt_free_tables(&d->pgt, &freed);
     }
-    if (unlikely(rc))
+    if (rc)
         return rc;
-    count_levels(d, C_PTE_SET, &delta);
-    count(d->counters, C_LINKS, n);
+    struct tally t = tally_of(d->counters);
+    tally_levels(t, C_PTE_SET, &delta);
+    tally(t, C_LINKS, n);
     return 0;
 }
 
-uint64_t dom_unmap(struct iommu_domain *d, uint64_t iova, uint64_t size)
+/* The common case in a loop of its own: each range within one 4 KiB page, in tables that exist. */
+static inline __attribute__((always_inline)) int link_pages(struct iommu_domain *d, uint64_t iova, uint64_t end,
+                                                            const struct phys_vec *v, uint32_t n, unsigned prot,
+                                                            bool gapped)
+{
+    uint64_t bits = (prot & PTE_PROT) | PTE_LEAF, gm = 4095, at = iova;
+    struct pgt_walk w = { NULL, 0 };
+    uint32_t i = 0;
+    bool simple = d->granule_mask == gm && prot & (PROT_READ_ | PROT_WRITE_);
+    for (; likely(simple) && i < n; i++) {
+        uint64_t phys = v[i].paddr.v, off = phys & gm, len = v[i].len;
+        uint64_t page = gapped ? at : at - off;
+        if (unlikely(off + len - 1 > gm || len > end - at || (!gapped && off && i) ||
+                     !pgt_map_page(&d->pgt, &w, page, phys - off, bits)))
+            break;
+        note(d, EV_MAP, page, phys - off, 4096);
+        at = gapped ? page + 4096 : at + len;
+    }
+    if (unlikely(i < n)) {
+        uint64_t start = gapped ? iova : iova - (v[0].paddr.v & d->granule_mask);
+        return link_any(d, start, (struct linking){ w, at, end, i }, v, n, prot, gapped);
+    }
+    struct tally t = tally_of(d->counters);
+    tally(t, C_PTE_SET, n);
+    tally(t, C_LINKS, n);
+    return 0;
+}
+
+int dom_link_vec(struct iommu_domain *d, uint64_t iova, uint64_t end, const struct phys_vec *v, uint32_t n,
+                 unsigned prot)
+{
+    return link_pages(d, iova, end, v, n, prot, false);
+}
+
+int dom_link_gapped(struct iommu_domain *d, uint64_t iova, uint64_t end, const struct phys_vec *v, uint32_t n,
+                    unsigned prot)
+{
+    return link_pages(d, iova, end, v, n, prot, true);
+}
+
+/* Clear the entries; the tables that fell out wait in *freed for a flush. */
+static RARE uint64_t unmap_entries(struct iommu_domain *d, uint64_t iova, uint64_t size, struct pgt_freelist *freed)
 {
     struct pgt_delta delta = { { 0, 0, 0 } };
-    struct pgt_freelist freed = { NULL };
-    uint64_t done = pgt_unmap(&d->pgt, iova, size, &delta, &freed);
-    count_levels(d, C_PTE_CLEAR, &delta);
+    uint64_t done = pgt_unmap(&d->pgt, iova, size, &delta, freed);
+    tally_levels(tally_of(d->counters), C_PTE_CLEAR, &delta);
     note(d, EV_UNMAP, iova, size, done);
-    if (likely(done)) {
+    return done;
+}
+
+static RARE uint64_t unmap_any(struct iommu_domain *d, uint64_t iova, uint64_t size)
+{
+    struct pgt_freelist freed = { NULL };
+    uint64_t done = unmap_entries(d, iova, size, &freed);
+    if (done) {
         flush_range(d, iova, iova + done - 1, EV_FLUSH);
         count(d->counters, C_INVAL_RANGE, 1);
         pgt_free_tables(&d->pgt, &freed);
@@ -225,13 +296,23 @@ uint64_t dom_unmap(struct iommu_domain *d, uint64_t iova, uint64_t size)
     return done;
 }
 
-void dom_sync_map(struct iommu_domain *d, uint64_t iova, uint64_t size)
+uint64_t dom_unmap(struct iommu_domain *d, uint64_t iova, uint64_t size)
 {
-    note(d, EV_SYNC, iova, size, 0);
-    if (d->caching_mode) {
-        flush_range(d, iova, iova + size - 1, EV_FLUSH_NP);
-        count(d->counters, C_SYNC_FLUSH, 1);
-    }
+    uint64_t pages = pgt_unmap_pages(&d->pgt, iova, size);
+    if (unlikely(!pages))
+        return unmap_any(d, iova, size);
+    note(d, EV_UNMAP, iova, size, pages << 12);
+    flush_range(d, iova, iova + (pages << 12) - 1, EV_FLUSH);
+    struct tally t = tally_of(d->counters);
+    tally(t, C_PTE_CLEAR, pages);
+    tally(t, C_INVAL_RANGE, 1);
+    return pages << 12;
+}
+
+void dom_sync_flush(struct iommu_domain *d, uint64_t iova, uint64_t size)
+{
+    flush_range_slow(d, iova, iova + size - 1, EV_FLUSH_NP);
+    count(d->counters, C_SYNC_FLUSH, 1);
 }
 
 uint64_t dom_iova_to_phys(struct iommu_domain *d, uint64_t iova)
@@ -267,9 +348,9 @@ void dom_flush_begin(struct iommu_domain *d)
 
 void dom_flush_end(struct iommu_domain *d) { __atomic_add_fetch(&d->flush_finish, 1, __ATOMIC_ACQ_REL); }
 
-static void fq_add(struct iommu_domain *d, uint64_t iova, uint64_t size, struct pgt_freelist freed)
+static RARE void fq_add(struct iommu_domain *d, uint64_t iova, uint64_t size, struct pgt_freelist freed)
 {
-    struct fq *q = &d->fq[thread_index() % d->iova.ncpu];
+    struct fq *q = &d->fq[(thread_number() - 1) % d->iova.ncpu];
     lock_acquire(&q->lock);
     fq_drop(d, q);
     if (fq_full(q)) {
@@ -319,11 +400,8 @@ uint64_t dom_unmap_free(struct iommu_domain *d, uint64_t iova, uint64_t size)
         dom_free_iova(d, iova, size);
         return done;
     }
-    struct pgt_delta delta = { { 0, 0, 0 } };
     struct pgt_freelist freed = { NULL };
-    uint64_t done = pgt_unmap(&d->pgt, iova, size, &delta, &freed);
-    count_levels(d, C_PTE_CLEAR, &delta);
-    note(d, EV_UNMAP, iova, size, done);
+    uint64_t done = unmap_entries(d, iova, size, &freed);
     fq_add(d, iova, size, freed);
     return done;
 }

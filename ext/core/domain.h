@@ -34,8 +34,9 @@ struct iommu_domain {
     struct iommu_domain *next;
     struct counters *counters;
     uint32_t did, granule_shift;
+    uint64_t granule_mask;
+    uint64_t aperture_last, limit_pfn; /* limit_pfn: of the device's masks, set when it is attached */
     bool lazy, caching_mode, arm;
-    uint64_t aperture_last;
     struct pgt pgt;
     struct iova_domain iova;
     struct fq *fq;               /* one a CPU; NULL: strict */
@@ -57,24 +58,30 @@ struct iommu_domain_config {
 int iommu_domain_create(struct iommu_domain **, struct iommu_unit *, const struct iommu_domain_config *);
 void iommu_domain_free(struct iommu_domain *);
 
-static inline uint64_t dom_granule(const struct iommu_domain *d) { return 1ull << d->granule_shift; }
-static inline uint64_t dom_off(const struct iommu_domain *d, uint64_t x) { return x & (dom_granule(d) - 1); }
+static inline uint64_t dom_granule(const struct iommu_domain *d) { return d->granule_mask + 1; }
+static inline uint64_t dom_off(const struct iommu_domain *d, uint64_t x) { return x & d->granule_mask; }
 static inline uint64_t dom_up(const struct iommu_domain *d, uint64_t x)
-{ return (x + dom_granule(d) - 1) & ~(dom_granule(d) - 1); }
+{ return (x + d->granule_mask) & ~d->granule_mask; }
+/* Take the masks of the device that the domain is for. */
+void dom_attach(struct iommu_domain *, const struct dma_device *);
 
 /* Granule-aligned IOVA for `size` bytes under the device's masks, or 0 (iommu_dma_alloc_iova). */
 uint64_t dom_alloc_iova(struct iommu_domain *, struct dma_device *, uint64_t size);
 void dom_free_iova(struct iommu_domain *, uint64_t iova, uint64_t size);
 /* One core map call without IOTLB sync (iommu_map_nosync). */
 int dom_map(struct iommu_domain *, struct pgt_walk *, uint64_t iova, uint64_t phys, uint64_t size, unsigned prot);
-/* n core map calls in one walk; all or nothing. Linear: side by side, iova names the first byte; gapped: each range at
- * the next granule, iova is a granule. -EIO: a range after the first begins inside a granule (linear). */
-int dom_link_vec(struct iommu_domain *, uint64_t iova, const struct phys_vec *, uint32_t n, unsigned prot, bool gapped);
+/* n core map calls in one walk; all or nothing. vec: side by side, iova names the first byte; gapped: each range at
+ * the next granule, iova is a granule. `end`: first IOVA behind the allocation. -ERANGE: the ranges reach beyond it;
+ * -EIO: a range after the first begins inside a granule (vec). */
+int dom_link_vec(struct iommu_domain *, uint64_t iova, uint64_t end, const struct phys_vec *, uint32_t n,
+                 unsigned prot);
+int dom_link_gapped(struct iommu_domain *, uint64_t iova, uint64_t end, const struct phys_vec *, uint32_t n,
+                    unsigned prot);
 /* One core unmap call and one ranged flush, at once (iommu_unmap). Returns bytes unmapped. */
 uint64_t dom_unmap(struct iommu_domain *, uint64_t iova, uint64_t size);
 /* What the classic unmap does: strict flushes and frees, lazy queues (__iommu_dma_unmap). Returns bytes unmapped. */
 uint64_t dom_unmap_free(struct iommu_domain *, uint64_t iova, uint64_t size);
-void dom_sync_map(struct iommu_domain *, uint64_t iova, uint64_t size);
+RARE void dom_sync_flush(struct iommu_domain *, uint64_t iova, uint64_t size);
 /* Exact byte behind an IOVA, or 0 (iommu_iova_to_phys). */
 uint64_t dom_iova_to_phys(struct iommu_domain *, uint64_t iova);
 
@@ -84,11 +91,19 @@ void dom_flush_end(struct iommu_domain *);
 void dom_flush_queues(struct iommu_domain *); /* flush now, free what may go */
 uint64_t dom_queued(struct iommu_domain *);
 
-void log_event(struct event_log *, enum event_kind, uint64_t a, uint64_t b, uint64_t c);
+RARE void log_event(struct event_log *, enum event_kind, uint64_t a, uint64_t b, uint64_t c);
 static inline void note(struct iommu_domain *d, enum event_kind k, uint64_t a, uint64_t b, uint64_t c)
 {
     if (unlikely(load_relaxed(&d->log.on)))
         log_event(&d->log, k, a, b, c);
+}
+
+/* iommu_sync_map: hardware that remembers "not present" must forget it, no other need do anything. */
+static inline void dom_sync_map(struct iommu_domain *d, uint64_t iova, uint64_t size)
+{
+    note(d, EV_SYNC, iova, size, 0);
+    if (unlikely(d->caching_mode))
+        dom_sync_flush(d, iova, size);
 }
 
 /* The device's side: struct dma_bus_ops.access through the IOTLB. */

@@ -38,6 +38,14 @@ int iotlb_init(struct iotlb *, uint32_t sets, uint32_t ways, bool caching_mode, 
 void iotlb_destroy(struct iotlb *);
 /* Translate under tlb->lock, which the caller holds, as it holds the memory's read lock. false: not present. */
 bool iotlb_translate(struct iotlb *, struct pgt *, uint32_t did, uint64_t iova, const struct phys_mem *, struct xlate *);
+/* Nothing cached, and no walk under way that could change that. */
+static inline bool iotlb_empty(struct iotlb *t)
+{
+    lock_acquire(&t->lock);
+    bool empty = !(t->live | t->pwc_live);
+    lock_release(&t->lock);
+    return empty;
+}
 /* Drop what overlaps [first, last] of a domain (its large pages and walk caches included). */
 void iotlb_invalidate(struct iotlb *, uint32_t did, uint64_t first, uint64_t last);
 void iotlb_invalidate_domain(struct iotlb *, uint32_t did);

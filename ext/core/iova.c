@@ -253,7 +253,7 @@ static void tree_free_locked(struct iova_domain *d, struct iova_node *n)
     node_put(d, n);
 }
 
-static void tree_free(struct iova_domain *d, uint64_t pfn)
+static RARE void tree_free(struct iova_domain *d, uint64_t pfn)
 {
     lock_acquire(&d->lock);
     struct iova_node *n = tree_find(d, pfn);
@@ -264,7 +264,8 @@ static void tree_free(struct iova_domain *d, uint64_t pfn)
 
 /* ---- per-CPU caches ----------------------------------------------------------------------------------------------- */
 
-static uint64_t mag_pop(struct iova_mag *m, uint64_t limit)
+/* The newest that the limit allows. */
+static RARE uint64_t mag_search(struct iova_mag *m, uint64_t limit)
 {
     for (uint64_t i = m->size; i-- > 0;) {
         uint64_t pfn = m->pfn[i];
@@ -296,64 +297,77 @@ static struct iova_mag *depot_pop(struct iova_depot *q)
     return m;
 }
 
-static uint64_t rcache_get(struct iova_domain *d, unsigned order, uint64_t limit)
+/* The loaded magazine is empty: the previous one, else one from the depot, else none. */
+static RARE struct iova_mag *rcache_reload(struct iova_domain *d, struct iova_cpu *c, unsigned order)
 {
-    struct iova_cpu *c = &d->cpu[thread_index() % d->ncpu];
-    struct iova_mag *m;
+    struct iova_mag *m = c->cache[order].loaded;
+    if (c->cache[order].prev->size) {
+        c->cache[order].loaded = c->cache[order].prev;
+        c->cache[order].prev = m;
+    } else {
+        struct iova_depot *q = &d->depot[order];
+        lock_acquire(&q->lock);
+        if (q->head) {
+            free(m);
+            c->cache[order].loaded = depot_pop(q);
+        }
+        lock_release(&q->lock);
+    }
+    return c->cache[order].loaded;
+}
+
+/* The loaded magazine is full: the previous one if that has room, else a fresh one, the full one going to the depot. */
+static RARE struct iova_mag *rcache_unload(struct iova_domain *d, struct iova_cpu *c, unsigned order)
+{
+    struct iova_mag *m = c->cache[order].loaded, *fresh;
+    struct iova_depot *q = &d->depot[order];
+    if (c->cache[order].prev->size < IOVA_MAG_SIZE) {
+        c->cache[order].loaded = c->cache[order].prev;
+        c->cache[order].prev = m;
+        return c->cache[order].loaded;
+    }
+    fresh = core_alloc(d->fail, sizeof(*fresh));
+    if (!fresh)
+        return NULL;
+    lock_acquire(&q->lock);
+    m->next = q->head;
+    q->head = m;
+    q->size++;
+    lock_release(&q->lock);
+    c->cache[order].loaded = fresh;
+    return fresh;
+}
+
+static inline uint64_t rcache_get(struct iova_domain *d, unsigned order, uint64_t limit)
+{
+    struct iova_cpu *c = &d->cpu[(thread_number() - 1) % d->ncpu];
     uint64_t pfn = 0;
     lock_acquire(&c->lock);
-    m = c->cache[order].loaded;
-    if (unlikely(!m->size)) {
-        if (c->cache[order].prev->size) {
-            m = c->cache[order].prev;
-            c->cache[order].prev = c->cache[order].loaded;
-        } else {
-            struct iova_depot *q = &d->depot[order];
-            lock_acquire(&q->lock);
-            if (q->head) {
-                free(m);
-                m = depot_pop(q);
-            }
-            lock_release(&q->lock);
-        }
-        c->cache[order].loaded = m;
+    struct iova_mag *m = c->cache[order].loaded;
+    if (unlikely(!m->size))
+        m = rcache_reload(d, c, order);
+    if (likely(m->size)) {
+        pfn = m->pfn[m->size - 1];
+        if (likely(pfn <= limit))
+            m->size--;
+        else
+            pfn = mag_search(m, limit);
     }
-    if (likely(m->size))
-        pfn = mag_pop(m, limit);
     lock_release(&c->lock);
     return pfn;
 }
 
-static bool rcache_put(struct iova_domain *d, unsigned order, uint64_t pfn)
+static inline bool rcache_put(struct iova_domain *d, unsigned order, uint64_t pfn)
 {
-    struct iova_cpu *c = &d->cpu[thread_index() % d->ncpu];
-    bool taken = true;
+    struct iova_cpu *c = &d->cpu[(thread_number() - 1) % d->ncpu];
     lock_acquire(&c->lock);
     struct iova_mag *m = c->cache[order].loaded;
-    if (unlikely(m->size == IOVA_MAG_SIZE)) {
-        if (c->cache[order].prev->size < IOVA_MAG_SIZE) {
-            c->cache[order].loaded = c->cache[order].prev;
-            c->cache[order].prev = m;
-            m = c->cache[order].loaded;
-        } else {
-            struct iova_mag *fresh = core_alloc(d->fail, sizeof(*fresh));
-            struct iova_depot *q = &d->depot[order];
-            if (fresh) {
-                lock_acquire(&q->lock);
-                m->next = q->head;
-                q->head = m;
-                q->size++;
-                lock_release(&q->lock);
-                c->cache[order].loaded = m = fresh;
-            } else {
-                taken = false;
-            }
-        }
-    }
-    if (likely(taken))
+    if (unlikely(m->size == IOVA_MAG_SIZE))
+        m = rcache_unload(d, c, order);
+    if (likely(m != NULL))
         m->pfn[m->size++] = pfn;
     lock_release(&c->lock);
-    return taken;
+    return m != NULL;
 }
 
 static void rcache_flush(struct iova_domain *d)
@@ -382,11 +396,21 @@ static void rcache_flush(struct iova_domain *d)
 
 /* ---- the calls ---------------------------------------------------------------------------------------------------- */
 
+static RARE uint64_t alloc_slow(struct iova_domain *d, uint64_t size, uint64_t limit, bool flush)
+{
+    uint64_t pfn = tree_alloc(d, size, limit);
+    if (!pfn && flush) {
+        rcache_flush(d);
+        pfn = tree_alloc(d, size, limit);
+    }
+    return pfn;
+}
+
 uint64_t iova_alloc_fast(struct iova_domain *d, uint64_t size, uint64_t limit_pfn, bool flush)
 {
     unsigned order = order_base_2(size);
     uint64_t pfn, limit = limit_pfn + 1;
-    if (order < IOVA_ORDERS) {
+    if (likely(order < IOVA_ORDERS)) {
         if (size < 1u << (IOVA_ORDERS - 1))
             size = 1ull << order; /* so that a freed range of any size of its class serves any other */
         if (limit > size) {
@@ -395,18 +419,13 @@ uint64_t iova_alloc_fast(struct iova_domain *d, uint64_t size, uint64_t limit_pf
                 return pfn;
         }
     }
-    pfn = tree_alloc(d, size, limit);
-    if (!pfn && flush) {
-        rcache_flush(d);
-        pfn = tree_alloc(d, size, limit);
-    }
-    return pfn;
+    return alloc_slow(d, size, limit, flush);
 }
 
 void iova_free_fast(struct iova_domain *d, uint64_t pfn, uint64_t size)
 {
     unsigned order = order_base_2(size);
-    if (order >= IOVA_ORDERS || !rcache_put(d, order, pfn))
+    if (unlikely(order >= IOVA_ORDERS || !rcache_put(d, order, pfn)))
         tree_free(d, pfn);
 }
 

@@ -58,17 +58,57 @@ static inline uint64_t pgt_entry(const struct pgt_table *t, unsigned level, uint
 }
 static inline struct pgt_table *pgt_child(uint64_t e) { return (struct pgt_table *)(uintptr_t)(e & PTE_ADDR); }
 
-/* The common case of pgt_map: one 4 KiB page in the table where the walk already stands. false: take the long way. */
-static inline bool pgt_map_page(const struct pgt *p, const struct pgt_walk *w, uint64_t iova, uint64_t phys,
-                                uint64_t bits)
+/* The table of 4 KiB entries that holds iova's, or NULL where there is none (yet). */
+static inline struct pgt_table *pgt_leaf_table(const struct pgt *p, uint64_t iova)
 {
-    if (!w->leaf || w->base != iova >> 21 || iova & 0xfff || phys >> PGT_OUT_BITS || iova > p->va_last)
+    uint64_t top = load_acquire(&p->top);
+    unsigned l = (unsigned)(top & 7);
+    struct pgt_table *t = (struct pgt_table *)(uintptr_t)(top & ~7ull);
+    if (unlikely(l < 5 && iova >> level_shift(l + 1)))
+        return NULL;
+    for (unsigned shift = level_shift(l); shift > 12; shift -= 9) {
+        uint64_t e = load_acquire(&t->e[(iova >> shift) & 511]);
+        if (unlikely(!(e & PTE_TABLE)))
+            return NULL;
+        t = pgt_child(e);
+    }
+    return t;
+}
+
+/* The common case of pgt_map: one 4 KiB page in a table that exists. false: take the long way. */
+static inline bool pgt_map_page(const struct pgt *p, struct pgt_walk *w, uint64_t iova, uint64_t phys, uint64_t bits)
+{
+    if (unlikely(iova & 0xfff || phys >> PGT_OUT_BITS || iova > p->va_last))
         return false;
+    if (unlikely(w->base != iova >> 21 || !w->leaf)) {
+        w->base = iova >> 21;
+        w->leaf = pgt_leaf_table(p, iova);
+        if (unlikely(!w->leaf))
+            return false;
+    }
     uint64_t *e = &w->leaf->e[(iova >> 12) & 511];
-    if (load_relaxed(e))
+    if (unlikely(load_relaxed(e)))
         return false;
     store_release(e, phys | bits);
     return true;
+}
+
+/* The common case of pgt_unmap: 4 KiB pages of one table, not all of it. Returns the pages cleared, fewer at a hole;
+ * 0: nothing done, take the long way. */
+static inline uint64_t pgt_unmap_pages(const struct pgt *p, uint64_t iova, uint64_t size)
+{
+    uint64_t i = (iova >> 12) & 511, n = size >> 12, k;
+    if (unlikely(i + n > 512 || n == 512 || (iova | size) & 0xfff))
+        return 0;
+    struct pgt_table *t = pgt_leaf_table(p, iova);
+    if (unlikely(!t))
+        return 0;
+    for (k = 0; k < n; k++) {
+        if (unlikely(!(load_relaxed(&t->e[i + k]) & PTE_LEAF)))
+            break;
+        store_relaxed(&t->e[i + k], 0);
+    }
+    return k;
 }
 
 /* The leaf entry for iova and its level, or 0. */

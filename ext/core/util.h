@@ -3,13 +3,13 @@
 #ifndef DMAPATH_UTIL_H
 #define DMAPATH_UTIL_H
 
-#include <sched.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
+#define RARE __attribute__((cold, noinline)) /* keeps a rare path's registers out of the common one */
 #define load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define store_relaxed(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
@@ -17,15 +17,11 @@
 
 struct lock { uint32_t held; };
 
+RARE void lock_wait(struct lock *);
 static inline void lock_acquire(struct lock *l)
 {
-    unsigned spins = 0;
-    while (unlikely(__atomic_exchange_n(&l->held, 1, __ATOMIC_ACQUIRE))) {
-        /* the holder may have lost its core: after a short spin, give ours away */
-        while (load_relaxed(&l->held))
-            if (++spins % 64 == 0)
-                sched_yield();
-    }
+    if (unlikely(__atomic_exchange_n(&l->held, 1, __ATOMIC_ACQUIRE)))
+        lock_wait(l);
 }
 static inline void lock_release(struct lock *l) { store_release(&l->held, 0); }
 
@@ -43,17 +39,17 @@ static inline void *core_alloc(struct fail_point *f, size_t size)
     return fail_now(f) ? NULL : calloc(1, size);
 }
 
-/* A number of this thread, dense from 0 in order of first use: the simulated CPU is this number modulo the CPUs. */
-extern __thread unsigned thread_number __attribute__((tls_model("initial-exec")));
-unsigned thread_number_assign(void);
-static inline unsigned thread_index(void)
+/* Threads are numbered from 1 in order of first use; thread n runs on simulated CPU n - 1 modulo the CPUs. */
+extern __thread unsigned thread_number_tls __attribute__((tls_model("initial-exec")));
+RARE unsigned thread_number_assign(void);
+static inline unsigned thread_number(void)
 {
-    unsigned n = thread_number; /* 0: not yet given; stored plus one */
-    return likely(n) ? n - 1 : thread_number_assign();
+    unsigned n = thread_number_tls; /* 0: not given yet */
+    return likely(n) ? n : thread_number_assign();
 }
 
-/* Exact counts without a locked instruction: each of the first CELLS-1 threads has a cell of its own, later threads
- * share the last one and pay for an atomic add. */
+/* Exact counts without a locked instruction: threads 1 to CELLS - 1 have a cell each; later ones share cell 0 and pay
+ * for an atomic add. */
 enum { CELLS = 64 };
 enum counter {
     C_IOVA_ALLOCS, C_IOVA_FREES, C_IOVA_ALLOC_BYTES, C_IOVA_FREE_BYTES,
@@ -63,18 +59,25 @@ enum counter {
     C_CACHE_CLEAN, C_CACHE_INVAL, C_BARRIERS,
     C_FAULTS, C_COUNT
 };
-struct counters { struct { uint64_t v[C_COUNT]; uint64_t pad[7 - (C_COUNT - 1) % 8]; } cell[CELLS]; };
+struct counters { struct { uint64_t v[32]; } cell[CELLS]; };
+_Static_assert(C_COUNT <= 32, "a cell holds every counter");
 
-static inline void count(struct counters *c, enum counter what, uint64_t n)
+/* Where this thread counts; `own`: nobody else writes there. */
+struct tally { uint64_t *v; bool own; };
+static inline struct tally tally_of(struct counters *c)
 {
-    unsigned t = thread_index();
-    if (likely(t < CELLS - 1)) {
-        uint64_t *p = &c->cell[t].v[what];
-        store_relaxed(p, load_relaxed(p) + n);
-    } else {
-        __atomic_fetch_add(&c->cell[CELLS - 1].v[what], n, __ATOMIC_RELAXED);
-    }
+    unsigned n = thread_number();
+    return likely(n < CELLS) ? (struct tally){ c->cell[n].v, true } : (struct tally){ c->cell[0].v, false };
 }
+RARE void tally_shared(struct tally, unsigned what, uint64_t n);
+static inline void tally(struct tally t, unsigned what, uint64_t n)
+{
+    if (likely(t.own))
+        store_relaxed(&t.v[what], load_relaxed(&t.v[what]) + n);
+    else
+        tally_shared(t, what, n);
+}
+static inline void count(struct counters *c, unsigned what, uint64_t n) { tally(tally_of(c), what, n); }
 static inline uint64_t counter_read(const struct counters *c, unsigned what)
 {
     uint64_t sum = 0;

@@ -309,6 +309,7 @@ struct dma_map_iter {
     const struct dma_request *rq;
     struct dma_cursor cursor;
     uint64_t next, left;         /* linear: address and bytes to come; gapped: granule to come */
+    uint64_t granule_mask;
     uint32_t have, at, whole;    /* vectors in the window, next of them; whole: the window holds them all */
     uint32_t unused;
     struct phys_vec window[DMA_MAP_CHUNK];
