@@ -56,15 +56,19 @@ cdef extern from "domain.h" nogil:
         uint32_t sets, ways
         uint64_t live, pwc_live
         iotlb_stats stats
-    struct pgt_walk:
-        pass
     struct pgt:
         uint64_t tables
-    struct iova_domain:
-        uint64_t nodes, rcache_hits, tree_allocs, rcache_flushes
-        unsigned ncpu
+    struct pgt_walk:
+        pass
+    uint64_t PTE_LEAF
+    uint64_t PTE_PROT
+    uint64_t pgt_lookup(pgt *, uint64_t iova, unsigned *level)
     struct iova_depot:
         uint64_t size
+    struct iova_domain:
+        uint64_t nodes, tree_allocs, rcache_flushes
+        unsigned ncpu
+        iova_depot depot[6]
     struct iommu_unit:
         iotlb tlb
         uint64_t now_ns
@@ -112,4 +116,5 @@ cdef extern from "iova.h" nogil:
     uint64_t iova_cached_ranges(iova_domain *)
     uint64_t iova_alloc_fast(iova_domain *, uint64_t size, uint64_t limit_pfn, bint flush)
     void iova_free_fast(iova_domain *, uint64_t pfn, uint64_t size)
-    uint64_t iova_depot_size(iova_domain *, unsigned order)
+    enum:
+        IOVA_ORDERS

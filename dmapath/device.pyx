@@ -129,7 +129,7 @@ cdef class Device:
     coherent, untrusted : bool
         Whether CPU caches see its DMA; whether it may see nothing but the bytes it was given.
     max_segments, max_segment_size, seg_boundary_mask, virt_boundary, dma_alignment
-        As in Linux's queue_limits; segment size in bytes, None: 2**32 - 1 for requests and 64 KiB for ``map_sg``.
+        As in Linux's queue_limits; segment size in bytes, None: no limit for requests and 64 KiB for ``map_sg``.
     min_align_mask : int
         Address bits that a bounce buffer must keep.
     dma_ranges : sequence of (cpu_start, dma_start, bytes)
@@ -179,7 +179,7 @@ cdef class Device:
         self.c.limits.dma_alignment = as_length(c["dma_alignment"], "dma_alignment", least=0)
         self.c.limits.max_segments = min(as_length(c["max_segments"], "max_segments"), UINT32_MAX)
         size = c["max_segment_size"]
-        self.c.limits.max_segment_size = UINT32_MAX if size is None else as_length(size, "max_segment_size")
+        self.c.limits.max_segment_size = UINT64_MAX if size is None else as_length(size, "max_segment_size")
         self.c.sg_max_segment_size = 65536 if size is None else self.c.limits.max_segment_size
         self.c.pci_32bit_workaround = not c["forcedac"]
         self.c.flags = ((DMA_DEV_COHERENT if c["coherent"] else 0) | (DMA_DEV_UNTRUSTED if c["untrusted"] else 0)
@@ -408,7 +408,7 @@ cdef class Device:
             with nogil:
                 rc = self.c.ops.map_sg(&self.c, request.vecs_, request.nr, d, a, out)
             if rc < 0:
-                raise error_for(-rc, rules.map_refusal(self, -rc, 0, 0, a), "request", request)
+                raise rules.refusal(self, request, -rc, 0)
             return [new_segment(&out[i]) for i in range(rc)]
         finally:
             free(out)

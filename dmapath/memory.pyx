@@ -2,14 +2,13 @@
 """Physical memory made explicit: an arena on a memfd whose pages lie where we say, and buffers of the user's in place."""
 import os
 import random
-import resource
 import struct
-import weakref
 
+cimport cython
 from cpython.buffer cimport (
-    PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
+    PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
-from libc.errno cimport EEXIST, EPERM, errno
+from libc.errno cimport EEXIST, errno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -190,6 +189,7 @@ def _machine_frames(address, n):
     return [f * PAGE for f in frames]
 
 
+@cython.no_gc_clear  # close() takes the frames out of the memory
 cdef class HostBuffer:
     """Any object with the buffer protocol as DMA memory, in place.
 
@@ -218,11 +218,11 @@ cdef class HostBuffer:
     def __cinit__(self, obj, PhysMemory memory not None, *, layout="scattered", seed=0, writable=True):
         if layout not in ("scattered", "contiguous", "pagemap"):
             raise DmaValueError("scattered, contiguous or pagemap", argument="layout", value=layout)
+        self.memory, self.layout, self.frames_ = memory, layout, []
         PyObject_GetBuffer(obj, &self.view, PyBUF_CONTIG if writable else PyBUF_CONTIG_RO)
         self.held = True
         if self.view.len == 0:
             raise DmaValueError("an empty buffer has no memory", argument="obj", value=obj)
-        self.memory, self.layout = memory, layout
         cdef size_t start = <size_t>self.view.buf
         self.offset = start & 4095
         n = (self.offset + self.view.len + PAGE - 1) // PAGE
@@ -230,7 +230,6 @@ cdef class HostBuffer:
                   else _synthetic(memory, n, layout, seed))
         cdef uint64_t frame
         cdef int rc
-        self.frames_ = []
         for i, frame in enumerate(frames):
             rc = phys_mem_add(memory.mem, frame, <char *>start - self.offset + <size_t>i * 4096)
             if rc:
@@ -257,7 +256,7 @@ cdef class HostBuffer:
         cdef size_t i, n
         if not self.held:
             return
-        n = len(self.frames_ or ())
+        n = len(self.frames_)
         list_ = <uint64_t *>calloc(n + 1, sizeof(uint64_t))
         for i in range(n):
             list_[i] = self.frames_[i]

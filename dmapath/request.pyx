@@ -1,11 +1,10 @@
 # cython: language_level=3
 """What a front end hands to the wrapper: physical vectors in order, iterated as the block layer iterates them."""
-from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from dmapath.abi cimport (
-    DMA_BIDIRECTIONAL, DMA_FROM_DEVICE, DMA_MAP_CHUNK, DMA_NONE, DMA_TO_DEVICE, dma_cursor, dma_limits, dma_request,
-    phys_vec,
+    DMA_MAP_CHUNK, DMA_RQ_SG, dma_cursor, dma_limits, dma_request, phys_vec,
 )
 
 from dmapath.addr import PhysAddr, as_length, as_phys
@@ -31,7 +30,9 @@ cdef uint32_t vec_fill(const dma_request *rq, dma_cursor *c, const dma_limits *l
     cdef const phys_vec *v = (<const phys_vec *>rq.priv) + c.item
     cdef const phys_vec *end = (<const phys_vec *>rq.priv) + rq.max_vecs
     cdef uint64_t at, rest, most, last, mask = lim.seg_boundary_mask, pos = c.pos
-    cdef uint64_t largest = lim.max_segment_size if lim.max_segment_size < UINT32_MAX else UINT32_MAX
+    # Linux's block layer counts a segment's bytes in 32 bits; a region's runs know no such limit
+    cdef uint64_t widest = UINT64_MAX if rq.flags & DMA_RQ_SG else UINT32_MAX
+    cdef uint64_t largest = lim.max_segment_size if lim.max_segment_size < widest else widest
     cdef uint32_t n = 0
     while v < end and n < cap:
         at = v.paddr.v + pos
@@ -139,7 +140,7 @@ def iterate(Mappable source not None, limits):
     cdef dma_cursor c
     cdef phys_vec window[64]
     cdef uint32_t n, i
-    lim.max_segment_size = limits.max_segment_size or UINT32_MAX
+    lim.max_segment_size = limits.max_segment_size or UINT64_MAX
     lim.seg_boundary_mask = limits.seg_boundary_mask
     c.item = c.sub = c.pos = 0
     out = []

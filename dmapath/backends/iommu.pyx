@@ -12,12 +12,12 @@ from libc.string cimport memset
 from dmapath._core cimport (
     C_BARRIERS, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL, C_INVAL_RANGE, C_IOVA_ALLOC_BYTES,
     C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR, C_PTE_SET, C_SG_MAPS,
-    C_SG_UNMAPS, C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_CACHE_INVAL, EV_CLEAN, PROT_CACHE,
+    C_SG_UNMAPS, C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS, PROT_CACHE, PTE_LEAF, PTE_PROT,
     PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, counter_read, dom_alloc_iova, dom_attach, dom_bus_access,
     dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule, dom_iova_to_phys, dom_link_gapped,
     dom_link_vec, dom_map, dom_off, dom_queued, dom_sync_map, dom_unmap, dom_unmap_free, dom_up, fail_point, iommu_domain,
     iommu_domain_config, iommu_domain_create, iommu_domain_free, iommu_unit, iommu_unit_advance, iommu_unit_destroy,
-    iommu_unit_init, iova_cached_ranges, iova_reserve, lock_acquire, lock_release, note, pgt_walk,
+    iommu_unit_init, iova_alloc_fast, iova_cached_ranges, iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup, pgt_walk,
 )
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_BIDIRECTIONAL,
@@ -27,7 +27,7 @@ from dmapath.abi cimport (
 )
 from dmapath.backends.base cimport Backend
 
-from dmapath.addr import DmaAddr, Iova, PhysAddr, as_iova, as_length
+from dmapath.addr import DmaAddr, Iova, PhysAddr, as_iova, as_length, as_phys
 from dmapath.backends.base import COUNTERS
 from dmapath.errors import DmaValueError, error_for
 
@@ -448,6 +448,11 @@ iommu_bus.access = iommu_access
 
 # ---- the Python side ----------------------------------------------------------------------------------------------
 
+cdef uint64_t as_iova_or_dma(value) except? 0xffffffffffffffff:
+    # behind an IOMMU a device's address is an IOVA
+    return <uint64_t>int(value) if isinstance(value, DmaAddr) else <uint64_t>as_iova(value)
+
+
 cdef class Iommu:
     """A simulated IOMMU: one IOTLB with its walk caches, and a domain for each device behind it.
 
@@ -627,13 +632,38 @@ cdef class IommuDomain(Backend):
     def stats(self):
         """What the inner parts hold: page-table bytes, IOVA ranges in the tree, cached ranges, depot flushes."""
         return dict(page_table_bytes=self.dom.pgt.tables * 4096, iova_nodes=self.dom.iova.nodes,
+                    iova_depot=sum(self.dom.iova.depot[i].size for i in range(IOVA_ORDERS)),
                     iova_cached=iova_cached_ranges(&self.dom.iova), iova_tree_allocs=self.dom.iova.tree_allocs,
                     rcache_flushes=self.dom.iova.rcache_flushes)
 
     def iova_to_phys(self, iova):
         """The PhysAddr behind one IOVA, or None (iommu_iova_to_phys; page table only, no IOTLB)."""
-        phys = dom_iova_to_phys(self.dom, as_iova(iova))
+        phys = dom_iova_to_phys(self.dom, as_iova_or_dma(iova))
         return PhysAddr(phys) if phys else None
+
+    def prot_of(self, iova):
+        """Protection bits of the entry that maps an IOVA (IOMMU_READ 1, WRITE 2, CACHE 4 ...), or None."""
+        cdef unsigned level
+        entry = pgt_lookup(&self.dom.pgt, as_iova_or_dma(iova), &level)
+        return entry & PTE_PROT if entry & PTE_LEAF else None
+
+    def map_raw(self, iova, phys, size, prot=3):
+        """One core map call on bare IOVA, as iommu_map for an unmanaged domain: 0 or a negative errno."""
+        cdef pgt_walk w
+        memset(&w, 0, sizeof(w))
+        return dom_map(self.dom, &w, as_iova(iova), as_phys(phys), as_length(size), prot)
+
+    def unmap_raw(self, iova, size):
+        """One core unmap call on bare IOVA (iommu_unmap): bytes unmapped."""
+        return dom_unmap(self.dom, as_iova(iova), as_length(size))
+
+    def alloc_raw(self, pages, limit_pfn, *, flush=True):
+        """alloc_iova_fast: first page frame of a range, or 0."""
+        return iova_alloc_fast(&self.dom.iova, pages, limit_pfn, flush)
+
+    def free_raw(self, pfn, pages):
+        """free_iova_fast."""
+        iova_free_fast(&self.dom.iova, pfn, pages)
 
     def flush(self):
         """Flush the queued unmaps of a lazy domain now, as its timer would."""

@@ -30,7 +30,7 @@ struct iova_domain {
     struct iova_cpu *cpu;
     unsigned ncpu;
     uint64_t trimmed_at;        /* simulated ns of the last depot trim */
-    uint64_t rcache_hits, tree_allocs, rcache_flushes;
+    uint64_t tree_allocs, rcache_flushes;
     struct fail_point *fail;
 };
 
