@@ -29,7 +29,6 @@ from dmapath.memory import HostBuffer, PhysMemory
 from dmapath.mr import MemoryRegion
 
 
-
 def get_include() -> str:
     """Directory to put on the C compiler's include path: ``#include <dmapath/dmapath.h>``."""
     here = _os.path.dirname(__file__)

@@ -5,7 +5,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from dmapath.abi cimport (
-    DMA_FROM_DEVICE, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMA_TO_DEVICE, dma_addr, dma_addr_t, dma_device,
+    DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMA_TO_DEVICE, dma_addr_t, dma_device,
     dma_fault, dma_iova_destroy, dma_iova_link, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_map_iter,
     dma_map_phys, dma_map_state, dma_policy, dma_seg, dma_unmap_phys, phys_addr, phys_vec,
 )
@@ -136,13 +136,13 @@ def run(name, Device dev not None, Mappable rq not None, long rounds, policy="un
     cdef const phys_vec *v = rq.vecs_
     cdef uint32_t n = rq.nr
     cdef uint64_t total = rq.rq.total, t0
-    cdef long i
+    cdef long _round
     cdef int rc = 0, op = ("two-step", "two-step-vec", "classic", "alloc", "request").index(name)
     if op == 2 and n > 256:
         raise DmaValueError("at most 256 vectors", argument="rq", value=n)
     t0 = now_ns()
     with nogil:
-        for i in range(rounds):
+        for _round in range(rounds):
             if op == 0:
                 rc |= op_two_step(&dev.c, v, n, total)
             elif op == 1:
@@ -173,13 +173,13 @@ def dma_against_memcpy(Device dev not None, segments, pages, long rounds):
     cdef char *to
     cdef dma_fault fault
     cdef int rc = 0
-    cdef long r
+    cdef long _round
     for i in range(ns):
         segs[i].addr.v, segs[i].len = segments[i].addr, segments[i].length
     for i in range(np):
         at[2 * i], at[2 * i + 1] = pages[i]
     with nogil:
-        for r in range(rounds):
+        for _round in range(rounds):
             t0 = now_ns()
             to = buf
             for i in range(ns):

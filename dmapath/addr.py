@@ -6,7 +6,7 @@ or ordering two of different kinds raises :class:`TypeError`. Two of different k
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from dmapath.errors import AddressTypeError, DmaValueError
 
@@ -116,7 +116,7 @@ def as_iova(value: int, argument: str = "iova") -> int:
 
 def as_length(value: int, argument: str = "size", *, least: int = 1) -> int:
     """``value`` as bytes: an integer that is no address, from ``least`` to 2**63 - 1."""
-    if isinstance(value, _Address) or isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, (_Address, bool)) or not hasattr(value, "__index__"):
         raise AddressTypeError("a number of bytes is wanted", argument=argument, value=value)
     value = value.__index__()
     if not least <= value < 2**63:
@@ -127,9 +127,9 @@ def as_length(value: int, argument: str = "size", *, least: int = 1) -> int:
 def _plain(kind: type[_Address], value: int, argument: str) -> int:
     if type(value) is kind:
         return int(value)
-    if isinstance(value, _Address) or isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, (_Address, bool)) or not hasattr(value, "__index__"):
         raise AddressTypeError(f"a {kind.__name__} or a plain integer is wanted", argument=argument, value=value)
-    plain = cast(int, value.__index__())
+    plain = value.__index__()
     if not 0 <= plain <= _LAST:
         raise DmaValueError("an address has 64 bits", argument=argument, value=plain)
     return plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -20,7 +21,8 @@ from dmapath.device import Device
 from dmapath.errors import DmaError
 from dmapath.explain import Explanation
 from dmapath.mr import MemoryRegion
-from dmapath.replay import Report, replay as replay_trace
+from dmapath.replay import Report
+from dmapath.replay import replay as replay_trace
 from dmapath.request import Mappable
 
 __all__ = ["main"]
@@ -28,7 +30,7 @@ __all__ = ["main"]
 _OPS = {"to": "write", "from": "read"}
 
 
-class Number(click.ParamType):
+class Number(click.ParamType[int]):
     """An integer: decimal or 0x hex, with an optional K, M or G (powers of 1024)."""
 
     name = "number"
@@ -43,7 +45,7 @@ class Number(click.ParamType):
         return int(match[1], 0) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
-class Range(click.ParamType):
+class Range(click.ParamType[tuple[int, int]]):
     """A physical range: PHYS+LEN."""
 
     name = "phys+len"
@@ -70,7 +72,7 @@ def cli() -> None:
 
 # ---- compare ------------------------------------------------------------------------------------------------------
 
-_COLUMNS = (
+_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], object]], ...] = (
     ("request", lambda r: f"{r['request']} {r['ranges'] if r['request'] == 'bio' else '16 MiB'} {r['alignment']}"),
     ("policy", lambda r: r["policy"]),
     ("case", lambda r: r["case"]),

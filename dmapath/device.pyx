@@ -8,17 +8,17 @@ import warnings
 
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stdint cimport UINT32_MAX, UINT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR,
     DMA_LAYOUT_PER_RANGE, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
-    dma_data_direction, dma_device, dma_iova_destroy, dma_iova_free, dma_iova_link, dma_iova_size, dma_iova_state,
-    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_policy, dma_seg, phys_addr, phys_vec,
+    dma_data_direction, dma_iova_destroy, dma_iova_free, dma_iova_link, dma_iova_size, dma_iova_state,
+    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_policy, dma_seg, phys_addr,
 )
-from dmapath.backends.base cimport Backend, CapsuleBackend
+from dmapath.backends.base cimport CapsuleBackend
 from dmapath.memory cimport PhysMemory
 from dmapath.request cimport Mappable
 from dmapath.wrapper cimport map_next, map_start, unmap
@@ -28,7 +28,7 @@ from dmapath.addr import DmaAddr, as_dma, as_length, as_phys
 from dmapath.backends.direct import DirectBackend
 from dmapath.backends.iommu import Iommu, IommuDomain
 from dmapath.errors import AddressTypeError, DmaValueError, MappingError, StateError, error_for
-from dmapath.request import DIRECTIONS, direction
+from dmapath.request import direction
 
 _POLICIES = {"unified": DMA_POLICY_UNIFIED, "linux": DMA_POLICY_LINUX}
 _LAYOUTS = {0: "none", DMA_LAYOUT_DIRECT: "direct", DMA_LAYOUT_LINEAR: "linear", DMA_LAYOUT_GAPPED: "gapped",

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
-from dmapath.abi cimport dma_addr, dma_fault, dma_seg
+from dmapath.abi cimport dma_fault, dma_seg
 from dmapath.device cimport Device, Segment
 
 from dmapath.addr import as_dma, as_length

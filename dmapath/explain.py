@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno as _errno
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +145,7 @@ def _because(name: str, device: Device, request: Mappable, out: Explanation) -> 
     granule = device.merge_boundary + 1
     vecs = [(int(p), n) for p, n in request.vecs]
     if name in ("gap", "gapped", "non-coherent", "virt-boundary"):
-        for (p, n), (q, _) in zip(vecs, vecs[1:], strict=False):
+        for (p, n), (q, _) in itertools.pairwise(vecs):
             if (p + n) % granule:
                 return f"{text}: {p:#x}+{n:#x} ends {(p + n) % granule:#x} into a granule of {granule:#x}"
             if q % granule:

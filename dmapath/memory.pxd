@@ -15,5 +15,3 @@ cdef class PhysMemory:
     cdef uint64_t next_synthetic
     cdef object __weakref__
     cdef _place(self, uint64_t base, seed)
-
-

@@ -115,8 +115,7 @@ cdef class MemoryRegion(Mappable):
 
 def _dma_runs(segments):
     runs = []
-    for s in segments:
-        addr, length = (s.addr, s.length) if hasattr(s, "addr") else s
+    for addr, length in [(s.addr, s.length) if hasattr(s, "addr") else s for s in segments]:
         addr, length = as_dma(addr), as_length(length, "length")
         if runs and runs[-1][0] + runs[-1][1] == addr:
             runs[-1][1] += length
@@ -175,8 +174,8 @@ def sg_to_pages(segments, *, page_size=PAGE, sg_offset=0, max_pages=None, kernel
     Stops at the first gap inside a page and at max_pages; the rest needs another MR. ``kernel_quirks`` reports the
     length as Linux 7.3 does when the capacity runs out inside an entry: one page short.
     """
-    sg = [(as_dma(a), as_length(n, "length")) for a, n in ((s.addr, s.length) if hasattr(s, "addr") else s
-                                                          for s in segments)]
+    pairs = [(s.addr, s.length) if hasattr(s, "addr") else s for s in segments]
+    sg = [(as_dma(addr), as_length(n, "length")) for addr, n in pairs]
     if not sg or sg_offset > sg[0][1]:
         raise DmaValueError("within the first entry", argument="sg_offset", value=sg_offset)
     iova, total, pages, end = sg[0][0] + sg_offset, 0, [], None

@@ -80,13 +80,14 @@ def kernel_flow(cmd: Command, *, shows_flushes: bool, caching: bool) -> Flow:
     maps, phys = cmd.of("map"), cmd.of("dma_map_phys")
     starts: list[int] = []
     out: list[tuple[int, int, int]] = []
+    end = None
     for m in maps:
-        iova, end = m.num(0), m.num(1)
+        iova = m.num(0)
         classic = any(p.num(2) & ~(PAGE - 1) == iova for p in phys)
-        if not out or classic or last_end != iova:
+        if classic or end != iova:
             starts.append(iova)
         out.append((iova - starts[-1], m.num(2), m.num(3)))
-        last_end = end
+        end = m.num(1)
     kind = "two-step" if not phys else "direct" if not maps else "single" if len(phys) == 1 else "classic"
 
     def seen(name: str) -> list[tuple[int, int]]:

@@ -89,7 +89,8 @@ def case_of(layout: str, bits: int) -> str:
 
 def bounce_parts(phys: int, size: int, granule: int) -> list[tuple[str, int, int]]:
     """(part, phys, bytes) of a range that an untrusted device could only get through a bounce buffer
-    (iommu_dma_iova_link_swiotlb: unaligned head and tail)."""
+    (iommu_dma_iova_link_swiotlb: unaligned head and tail).
+    """
     head = -phys % granule
     parts = []
     if head:

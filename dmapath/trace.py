@@ -206,6 +206,6 @@ def _assign(io: Io, e: TraceEvent, owner: dict[int, Command]) -> None:
         latest.events = [x for x in latest.events if not (x.kind == "map" and x.num(0) == at)
                          and not (x.kind == "cache_tag_flush_range" and x.num(2) == at)]  # fmt: skip
         return
-    at = {"unmap": 0, "cache_tag_flush_range": 2, "dma_unmap_phys": 2}.get(e.kind)
-    target = latest if at is None else owner.get(e.num(at) & ~0xFFF, latest)
+    place = {"unmap": 0, "cache_tag_flush_range": 2, "dma_unmap_phys": 2}.get(e.kind)
+    target = latest if place is None else owner.get(e.num(place) & ~0xFFF, latest)
     target.events.append(e)

@@ -84,7 +84,7 @@ BAD: list[tuple[str, Callable[[], object], type[DmaError], str]] = [
     ("a negative offset", lambda: DEV.iova_link(STATE, 0, -1, 1), DmaValueError, "offset"),
     ("no such direction", lambda: DEV.map_phys(0, 1, "up"), DmaValueError, "dir"),
     ("no such attribute", lambda: DEV.map_phys(0, 1, attrs="fast"), DmaValueError, "attrs"),
-    ("no such policy", lambda: DEV.map(Bio([(0, 1)]), "solaris"), DmaValueError, "policy"),  # type: ignore[arg-type]
+    ("no such policy", lambda: DEV.map(Bio([(0, 1)]), "solaris"), DmaValueError, "policy"),
     ("sync outside", lambda: DEV.iova_sync(STATE, 0x2000, 0x1001), dmapath.IovaRangeError, "size"),
     ("unlink outside", lambda: DEV.iova_unlink(STATE, 0x2000, 0x1001), dmapath.IovaRangeError, "size"),
     ("destroy of more", lambda: DEV.iova_destroy(STATE, 0x3001), dmapath.IovaRangeError, "size"),
@@ -93,10 +93,10 @@ BAD: list[tuple[str, Callable[[], object], type[DmaError], str]] = [
     ("a vector of nothing", lambda: Bio([(0, 0)]), DmaValueError, "vecs[0].len"),
     ("a vector past 2**64", lambda: Bio([(0, 1), (2**64 - 1, 2)]), DmaValueError, "vecs[1]"),
     ("no pair", lambda: Bio([(1, 2, 3)]), AddressTypeError, "vecs[0]"),  # type: ignore[list-item]
-    ("no operation", lambda: Bio([(0, 1)], op="trim"), DmaValueError, "op"),  # type: ignore[arg-type]
+    ("no operation", lambda: Bio([(0, 1)], op="trim"), DmaValueError, "op"),
     ("bios of two kinds", lambda: Request([Bio([(0, 1)]), Bio([(0, 1)], op="write")]), DmaValueError, "bios"),
     ("no bio", lambda: Request([]), DmaValueError, "bios"),
-    ("no mode", lambda: Iommu("fast"), DmaValueError, "mode"),  # type: ignore[arg-type]
+    ("no mode", lambda: Iommu("fast"), DmaValueError, "mode"),
     ("no page size", lambda: Iommu(page_sizes=(8192,)), DmaValueError, "page_sizes"),
     ("an empty aperture", lambda: Iommu(aperture=(0x2000, 0x1000)), DmaValueError, "aperture"),
     ("no CPU", lambda: Iommu(cpus=0), DmaValueError, "cpus"),
@@ -250,7 +250,7 @@ def test_split_keeps_every_byte_in_order() -> None:
         flat = [(int(p) + k) for b in pieces for p, n in b.vecs for k in range(0, n, 0x200)]
         assert flat == [p + k for p, n in vecs for k in range(0, n, 0x200)]
         assert all(b.total <= 0x6000 and b.total % 512 == 0 for b in pieces)
-        assert [b.sector for b in pieces][0] == 8
+        assert pieces[0].sector == 8
         assert pieces[-1].sector + pieces[-1].total // 512 == 8 + bio.total // 512
     assert bio.split(Device()) == [bio]
     with pytest.raises(AlignmentError, match="block"):

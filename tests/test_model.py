@@ -6,6 +6,7 @@ DMAPATH_STEPS sets the steps of the state machine (100,000 by default; ten milli
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -129,10 +130,8 @@ class Machine(RuleBasedStateMachine):
         aligned=st.booleans(),
     )
     def map(self, vecs: list[tuple[int, int, int]], policy: str, aligned: bool) -> Any:
-        if aligned:
-            ranges = [(p, max(PAGE, n & ~(PAGE - 1))) for p, _, n in vecs]
-        else:
-            ranges = [(p + o, n) for p, o, n in vecs]
+        whole = [(p, max(PAGE, n & ~(PAGE - 1))) for p, _, n in vecs]
+        ranges = whole if aligned else [(p + o, n) for p, o, n in vecs]
         got, want = self.both(
             lambda: self.dev.map(Bio.from_phys(ranges), policy), lambda: self.ref.map(ranges, policy)
         )
@@ -146,7 +145,7 @@ class Machine(RuleBasedStateMachine):
 
     def check_bytes(self, ranges: list[tuple[int, int]], segments: Any) -> None:
         spans = sorted((p, p + n) for p, n in ranges)
-        overlap = any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False))
+        overlap = any(a[1] > b[0] for a, b in itertools.pairwise(spans))
         if overlap or spans[-1][1] > BASE + len(MEMORY):
             return
         with pytest.raises(DmaFault):  # a read request: the device may only write

@@ -9,7 +9,7 @@ from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from dmapath._core cimport phys_mem_copy, phys_mem_read_lock, phys_mem_read_unlock
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT, DMA_FAULT_BUS,
-    DMA_FROM_DEVICE, DMA_NONE, DMA_TO_DEVICE, DMAPATH_ABI, dma_addr, dma_addr_t, dma_bus_ops,
+    DMA_NONE, DMAPATH_ABI, dma_addr, dma_addr_t, dma_bus_ops,
     dma_data_direction, dma_device, dma_fault, dma_ops, dma_ops_init, dma_seg, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend

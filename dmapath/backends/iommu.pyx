@@ -11,19 +11,20 @@ from libc.string cimport memset
 
 from dmapath._core cimport (
     C_BARRIERS, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL, C_INVAL_RANGE, C_IOVA_ALLOC_BYTES,
-    C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR, C_PTE_SET, C_SG_MAPS,
-    C_SG_UNMAPS, C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS, PROT_CACHE, PTE_LEAF, PTE_PROT,
-    PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, counter_read, dom_alloc_iova, dom_attach, dom_bus_access,
-    dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule, dom_iova_to_phys, dom_link_gapped,
-    dom_link_vec, dom_map, dom_off, dom_queued, dom_sync_map, dom_unmap, dom_unmap_free, dom_up, fail_point, iommu_domain,
-    iommu_domain_config, iommu_domain_create, iommu_domain_free, iommu_unit, iommu_unit_advance, iommu_unit_destroy,
-    iommu_unit_init, iova_alloc_fast, iova_cached_ranges, iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup, pgt_walk,
+    C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR, C_PTE_SET, C_SG_MAPS, C_SG_UNMAPS,
+    C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS, PROT_CACHE,
+    PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, counter_read, dom_alloc_iova,
+    dom_attach, dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule,
+    dom_iova_to_phys, dom_link_gapped, dom_link_vec, dom_map, dom_off, dom_queued, dom_sync_map, dom_unmap,
+    dom_unmap_free, dom_up, fail_point, iommu_domain, iommu_domain_config, iommu_domain_create, iommu_domain_free,
+    iommu_unit, iommu_unit_advance, iommu_unit_destroy, iommu_unit_init, iova_alloc_fast, iova_cached_ranges,
+    iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup, pgt_walk,
 )
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_BIDIRECTIONAL,
-    DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_FROM_DEVICE, DMA_IOVA_USE_SWIOTLB, DMA_NONE,
-    DMA_TO_DEVICE, DMAPATH_ABI, dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault,
-    dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, dma_seg, phys_addr_t, phys_vec,
+    DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT,
+    DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_IOVA_USE_SWIOTLB, DMA_NONE, DMAPATH_ABI, dma_addr, dma_addr_t, dma_bus_ops,
+    dma_data_direction, dma_device, dma_fault, dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, dma_seg,
+    phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 
@@ -664,6 +665,15 @@ cdef class IommuDomain(Backend):
     def free_raw(self, pfn, pages):
         """free_iova_fast."""
         iova_free_fast(&self.dom.iova, pfn, pages)
+
+    def alloc_free_loop(self, uint64_t pages, long rounds):
+        """``rounds`` times alloc_iova_fast and free_iova_fast of so many pages below 4 GiB, for scripts/bench."""
+        cdef uint64_t pfn
+        cdef long _i
+        with nogil:
+            for _i in range(rounds):
+                pfn = iova_alloc_fast(&self.dom.iova, pages, 0xfffff, False)
+                iova_free_fast(&self.dom.iova, pfn, pages)
 
     def flush(self):
         """Flush the queued unmaps of a lazy domain now, as its timer would."""

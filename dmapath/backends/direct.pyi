@@ -1,0 +1,3 @@
+from dmapath.backends.base import Backend
+
+class DirectBackend(Backend): ...

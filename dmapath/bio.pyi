@@ -1,0 +1,29 @@
+from collections.abc import Iterable
+
+from dmapath.device import Device
+from dmapath.memory import HostBuffer, PhysMemory
+from dmapath.request import Mappable
+
+class Bio(Mappable):
+    op: str
+    sector: int
+    def __init__(
+        self, vecs: Iterable[tuple[int, int]], *, op: str = "read", sector: int = 0
+    ) -> None: ...
+    @classmethod
+    def from_phys(cls, vecs: Iterable[tuple[int, int]], op: str = "read", sector: int = 0) -> Bio: ...
+    @classmethod
+    def from_memory(
+        cls,
+        memory: PhysMemory | HostBuffer,
+        ranges: Iterable[tuple[int, int]],
+        op: str = "read",
+        sector: int = 0,
+    ) -> Bio: ...
+    def split(self, limits: Device, *, max_bytes: int | None = None, block_size: int = 512) -> list[Bio]: ...
+
+class Request(Mappable):
+    op: str
+    bios: tuple[Bio, ...]
+    def __init__(self, bios: Iterable[Bio]) -> None: ...
+    def nr_phys_segments(self, limits: Device) -> int: ...

@@ -1,0 +1,13 @@
+from collections.abc import Sequence
+from typing import Any
+
+from dmapath.device import Device, Segment
+
+_Segments = Sequence[Segment] | Sequence[tuple[int, int]]
+
+class DmaEngine:
+    device: Device
+    def __init__(self, device: Device) -> None: ...
+    def read(self, segments: _Segments) -> bytes: ...
+    def read_into(self, segments: _Segments, buffer: Any) -> int: ...
+    def write(self, segments: _Segments, data: Any) -> int: ...

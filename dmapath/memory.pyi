@@ -1,0 +1,46 @@
+from types import TracebackType
+from typing import Any, Literal
+
+from dmapath.addr import PhysAddr
+
+class PhysMemory:
+    fd: int
+    size: int
+    page_size: int
+    layout: str
+    def __init__(
+        self,
+        size: int = 16777216,
+        *,
+        layout: Literal["contiguous", "scattered", "huge"] = "contiguous",
+        base: int = 4294967296,
+        seed: int = 0,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    @property
+    def frames(self) -> int: ...
+    def phys(self, offset: int) -> PhysAddr: ...
+    def vecs(self, offset: int = 0, length: int | None = None) -> list[tuple[PhysAddr, int]]: ...
+    def read(self, phys: int, length: int) -> bytes: ...
+    def write(self, phys: int, data: Any) -> None: ...
+
+class HostBuffer:
+    memory: PhysMemory
+    layout: str
+    def __init__(
+        self,
+        obj: Any,
+        memory: PhysMemory,
+        *,
+        layout: Literal["scattered", "contiguous", "pagemap"] = "scattered",
+        seed: int = 0,
+        writable: bool = True,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def __enter__(self) -> HostBuffer: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+    def close(self) -> None: ...
+    def vecs(self, offset: int = 0, length: int | None = None) -> list[tuple[PhysAddr, int]]: ...

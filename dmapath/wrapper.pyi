@@ -1,0 +1,4 @@
+from typing import Any
+
+RULE_BITS: dict[str, int]
+api: Any

@@ -1,0 +1,168 @@
+"""The commands as a user types them: their words, their JSON, their exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TRACES = Path(__file__).parent / "data" / "traces"
+EXAMPLE = ("0x100200+0xe00", "0x205000+0x1000", "0x30a000+0x400")
+
+
+def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-m", "dmapath.cli", *args], text=True, capture_output=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_compare_answers_in_json_and_pictures(tmp_path: Path) -> None:
+    out, svg = tmp_path / "rows.json", tmp_path / "figures.svg"
+    text = run("compare", "--json", str(out), "--plot", str(svg)).stdout
+    assert svg.read_text().lstrip().startswith("<?xml")
+    data = json.loads(out.read_text())
+    assert data["version"] == 1
+    rows: list[dict[str, Any]] = data["rows"]
+    assert len(rows) == 60
+    assert all(list(r) == [
+        "request", "ranges", "bytes", "alignment", "backend", "mode", "policy", "case", "layout", "segments", "iova_allocs",
+        "ptes", "invalidations", "bounced_bytes", "unmap_state_bytes", "exposed_bytes", "verified", "map_ns", "unmap_ns",
+        "modelled_ns",
+    ] for r in rows)  # fmt: skip
+    assert all(r["verified"] for r in rows)
+    pick = {(r["ranges"], r["alignment"], r["mode"], r["policy"]): r for r in rows if r["request"] == "bio"}
+    linux, unified = pick[32, "unaligned", "strict", "linux"], pick[32, "unaligned", "strict", "unified"]
+    for key, a, b in (("iova_allocs", 32, 1), ("invalidations", 32, 1), ("unmap_state_bytes", 512, 16), ("segments", 32, 32)):
+        assert (linux[key], unified[key]) == (a, b)
+    assert "32 IOVA allocations, 32 IOTLB invalidations and 512 bytes" in " ".join(text.split())
+    assert "Every byte arrived" in text
+
+
+def test_compare_to_standard_output_is_json_alone() -> None:
+    assert len(json.loads(run("compare", "--json", "-").stdout)["rows"]) == 60
+
+
+@pytest.mark.parametrize("args", [("--plot", "figure.txt"), ("--json", "/nowhere/x.json")])
+def test_compare_refuses_bad_files(args: tuple[str, str]) -> None:
+    assert args[1] in run("compare", *args, code=2).stderr or "--plot" in args
+
+
+def test_explain_says_it_in_words() -> None:
+    text = run("explain", *EXAMPLE).stdout
+    assert text.startswith("One IOVA range that reads as 1 segment. Case 2")
+    assert "0xffffc200 + 0x2200" in text
+    assert "from dma_iova_link" in text
+    assert "bounce" in run("explain", "0x100200+0xe00", "--untrusted").stdout
+    assert "[dev_use_swiotlb" in run("explain", "0x100200+0xe00", "--untrusted").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "layout", "segments"),
+    [
+        ((), "linear", 1),
+        (("--policy", "linux", "--mode", "lazy"), "linear", 1),
+        (("--backend", "direct"), "direct", 3),
+        (("--max-segment-size", "4K"), "linear", 3),
+        (("--dir", "to", "--dma-mask", "0xffffff", "--non-coherent", "--forcedac"), "linear", 1),
+    ],
+)
+def test_explain_in_json(args: tuple[str, ...], layout: str, segments: int) -> None:
+    told = json.loads(run("explain", *EXAMPLE, *args, "--json").stdout)
+    assert (told["layout"], len(told["segments"]), told["error"]) == (layout, segments, None)
+    assert told == json.loads(run("explain", *EXAMPLE, *args, "--json").stdout)
+
+
+def test_explain_of_a_region() -> None:
+    told = json.loads(run("explain", "0x100000+0x1000", "0x300000+0x2000", "--dir", "bidi", "--json").stdout)
+    assert (told["layout"], told["case"]) == ("linear", "iommu-aligned")
+
+
+def test_an_error_is_an_answer() -> None:
+    told = json.loads(run("explain", "0x100000000+4K", "--backend", "direct", "--dma-mask", "0xffffffff", "--json").stdout)
+    assert told["error"].startswith("ENOMEM")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("explain",), ("explain", "0x1000"), ("explain", "0x1000+0"), ("explain", "x+1"), ("explain", "0x1000+-5"),
+        ("explain", "0x1000+1", "--dma-mask", "5"), ("explain", "0xffffffffffffffff+2"), ("explain", "0x10+1", "--dir", "bidi"),
+        ("explain", "0x1000+1", "--policy", "bsd"), ("replay", "/nonexistent"), ("frobnicate",),
+    ],
+)  # fmt: skip
+def test_bad_input_is_exit_2_and_one_line(args: tuple[str, ...]) -> None:
+    assert "rror" in run(*args, code=2).stderr
+
+
+def test_replay_agrees_and_says_what_it_leaves_out() -> None:
+    text = run("replay", *(str(p) for p in sorted(TRACES.glob("*.txt")))).stdout
+    assert text.count("agrees with the kernel on 9 of 9 covered I/Os (100 %)") == 4
+    assert "agrees with the kernel on 4 of 4 covered I/Os (100 %)" in text
+    assert text.count("not covered: 5 I/Os, it bounces through swiotlb") == 1
+    data = json.loads(run("replay", str(TRACES / "untrusted.ftrace.txt"), "--json").stdout)
+    assert data["traces"][0]["not_covered"] == 5
+
+
+def test_replay_reads_trace_cmd_report(tmp_path: Path) -> None:
+    lines = ["cpus=1"]
+    for line in (TRACES / "strict.ftrace.txt").read_text().splitlines():
+        if line.startswith("#") or not line.strip():
+            continue
+        head, rest = line.split(" [", 1)
+        cpu, rest = rest.split("] ", 1)
+        _, stamp, event = rest.split(None, 2)
+        name, body = event.split(": ", 1)
+        if name == "tracing_mark_write":
+            name, body = "print", "tracing_mark_write: " + body
+        lines.append(f"{head}  [{cpu}] {stamp} {name + ':':22s} {body}")
+    path = tmp_path / "report.txt"
+    path.write_text("\n".join(lines))
+    assert "on 9 of 9 covered I/Os (100 %)" in run("replay", str(path)).stdout
+
+
+def edit(tmp_path: Path, change: Any) -> Path:
+    lines = (TRACES / "strict.ftrace.txt").read_text().splitlines()
+    path = tmp_path / "changed.txt"
+    path.write_text("\n".join(change(lines)) + "\n")
+    return path
+
+
+def without_header(lines: list[str]) -> list[str]:
+    return [x for x in lines if not x.startswith("# entries")]
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "reason"),
+    [
+        (lambda x: x[:100], 100, "truncated: the header promises"),
+        (lambda x: without_header(x)[:50], 36, "truncated: the I/O 'gap' has no END"),
+        (lambda x: [*x[:18], x[18][:-9], *x[19:]], 19, "malformed map"),
+        (lambda x: [*x[:18], "garbage", *x[18:]], 19, "not a trace line"),
+        (lambda x: without_header([*x[:14], *x[15:]]), 14, "vector 1 is wanted"),
+        (lambda x: [y.replace("n=3 total=0x2200", "n=3 total=0x2300") for y in x], 25, "0x2300 were announced"),
+        (lambda x: [y.replace("205/205", "205/999") for y in x], 3, "overran"),
+    ],
+)
+def test_replay_of_a_broken_trace_names_file_line_and_reason(tmp_path: Path, change: Any, line: int, reason: str) -> None:
+    path = edit(tmp_path, change)
+    err = run("replay", str(path), code=2).stderr
+    assert reason in err
+    assert f"{path}:{line}:" in err
+
+
+def test_replay_of_a_kernel_that_did_otherwise_is_exit_1(tmp_path: Path) -> None:
+    path = edit(tmp_path, lambda x: [y.replace("paddr=0x000000003ff00000 size", "paddr=0x0000000055555000 size") for y in x])
+    text = run("replay", str(path), code=1).stdout
+    assert "vector 1: announced at 0x3ff00000, mapped at 0x55555000" in text
+    assert "disagree" in text
+
+
+def test_replay_of_binary(tmp_path: Path) -> None:
+    path = tmp_path / "trace.dat"
+    path.write_bytes(b"\xff\xfe\x00trace")
+    assert "not text" in run("replay", str(path), code=2).stderr
