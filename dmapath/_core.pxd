@@ -2,7 +2,7 @@
 """The C core under ext/core: private to this package, and only for the extensions that link it (setup.py)."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from dmapath.abi cimport dma_device, dma_fault, phys_mem, phys_vec
+from dmapath.abi cimport dma_device, dma_fault, dma_iova_state, phys_mem, phys_vec
 
 cdef extern from "util.h" nogil:
     struct fail_point:
@@ -100,6 +100,8 @@ cdef extern from "domain.h" nogil:
     int dom_link_vec(iommu_domain *, uint64_t iova, uint64_t end, const phys_vec *, uint32_t n, unsigned prot)
     int dom_link_gapped(iommu_domain *, uint64_t iova, uint64_t end, const phys_vec *, uint32_t n, unsigned prot)
     void dom_attach(iommu_domain *, const dma_device *)
+    void dom_record(iommu_domain *, bint on)
+    bint dom_link_page(iommu_domain *, const dma_iova_state *, uint64_t phys, uint64_t offset, uint64_t size, unsigned prot)
     uint64_t dom_unmap(iommu_domain *, uint64_t iova, uint64_t size)
     uint64_t dom_unmap_free(iommu_domain *, uint64_t iova, uint64_t size)
     void dom_sync_map(iommu_domain *, uint64_t iova, uint64_t size)

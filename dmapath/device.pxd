@@ -37,6 +37,8 @@ cdef class Mapping:
     cdef readonly Mappable request
     cdef list segments_
     cdef list read_all(self)
-    cdef bint live
+    cdef Segment step(self)
+    cdef bint live, ended
+    cdef Py_ssize_t at
     cdef int layout_, policy
     cdef size_t kept

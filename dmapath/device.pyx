@@ -241,6 +241,17 @@ cdef class Device:
         "unified" (one IOVA range whenever there is an IOMMU) or "linux" (as Linux 7.3 decides).
         Raises a DmaError with the rule that refused; nothing is mapped then.
         """
+        cdef Mapping m = self.map_start(request, policy)
+        if m.st.layout == DMA_LAYOUT_DIRECT or m.st.layout == DMA_LAYOUT_PER_RANGE:
+            m.read_all()  # these map as they are read: what fails must fail here
+        return m
+
+    def map_start(self, Mappable request not None, policy="unified"):
+        """The C driver's flow in Python: start here, take segments with ``Mapping.next``, end with ``Mapping.unmap``.
+
+        As ``map``, but without an IOVA range for all of it each segment is mapped when ``next`` asks for it, and may fail
+        there; the mapping is undone then.
+        """
         cdef Mapping m = Mapping.__new__(Mapping)
         cdef dma_policy p
         cdef int rc
@@ -257,8 +268,7 @@ cdef class Device:
             raise rules.refusal(self, request, -rc, m.st.rules)
         m.live = True
         m.layout_ = m.st.layout
-        if m.st.layout == DMA_LAYOUT_DIRECT or m.st.layout == DMA_LAYOUT_PER_RANGE:
-            m.read_all()  # these map as they are read: what fails must fail here
+        m.segments_ = []
         return m
 
     def explain(self, Mappable request not None, policy="unified"):
@@ -453,27 +463,40 @@ cdef class Mapping:
     def __init__(self):
         raise TypeError("made by Device.map")
 
-    cdef list read_all(self):
+    cdef Segment step(self):
         cdef dma_seg s
+        cdef Segment out
         cdef int rc
-        cdef list out
-        if self.segments_ is not None:
-            return self.segments_
-        out = []
-        while True:
-            rc = map_next(&self.device.c, &self.st, &self.it, &s)
-            if rc <= 0:
-                break
-            out.append(new_segment(&s))
+        if self.ended or not self.live:
+            return None
+        rc = map_next(&self.device.c, &self.st, &self.it, &s)
+        if rc > 0:
+            out = new_segment(&s)
+            self.segments_.append(out)
+            return out
         if rc < 0:
-            rule = self.st.rules
             self.live = False
+            bits = self.st.rules
             unmap(&self.device.c, &self.st)
-            raise rules.refusal(self.device, self.request, -rc, rule)
-        self.segments_ = out
+            raise rules.refusal(self.device, self.request, -rc, bits)
+        self.ended = True
         self.kept = (sizeof(dma_seg) * self.st.nr_saved if self.st.saved != NULL
                      else sizeof(dma_iova_state) if self.st.iova.size else 0)
-        return out
+        return None
+
+    cdef list read_all(self):
+        while self.step() is not None:
+            pass
+        return self.segments_
+
+    def next(self):
+        """The next segment, or None after the last."""
+        if self.at < len(self.segments_):
+            self.at += 1
+            return self.segments_[self.at - 1]
+        segment = self.step()
+        self.at += segment is not None
+        return segment
 
     @property
     def segments(self):

@@ -29,7 +29,7 @@ cdef uint32_t vec_fill(const dma_request *rq, dma_cursor *c, const dma_limits *l
                        uint32_t cap) noexcept nogil:
     cdef const phys_vec *v = (<const phys_vec *>rq.priv) + c.item
     cdef const phys_vec *end = (<const phys_vec *>rq.priv) + rq.max_vecs
-    cdef uint64_t at, rest, most, last, mask = lim.seg_boundary_mask, pos = c.pos
+    cdef uint64_t at, rest, room, mask = lim.seg_boundary_mask, pos = c.pos
     # Linux's block layer counts a segment's bytes in 32 bits; a region's runs know no such limit
     cdef uint64_t widest = UINT64_MAX if rq.flags & DMA_RQ_SG else UINT32_MAX
     cdef uint64_t largest = lim.max_segment_size if lim.max_segment_size < widest else widest
@@ -37,15 +37,14 @@ cdef uint32_t vec_fill(const dma_request *rq, dma_cursor *c, const dma_limits *l
     while v < end and n < cap:
         at = v.paddr.v + pos
         rest = v.len - pos
-        last = mask - (at & mask)  # plus one: bytes to the boundary
-        most = largest if largest - 1 < last else last + 1
-        if rest > most:
-            rest = most
-            pos += most
+        room = mask - (at & mask)  # plus one: bytes to the boundary
+        if rest > largest or rest - 1 > room:
+            rest = largest if largest - 1 < room else room + 1
+            pos += rest
         else:
             pos = 0
             v += 1
-            while (v < end and at + rest == v.paddr.v and v.len <= most - rest
+            while (v < end and at + rest == v.paddr.v and v.len <= largest - rest
                    and at | mask == (v.paddr.v + v.len - 1) | mask):
                 rest += v.len
                 v += 1

@@ -145,8 +145,9 @@ def map_refusal(device: Device, errno: int, phys: int, size: int, attrs: int) ->
     if device.min_align_mask > granule - 1:
         return f"{RULES['min-align'].text} [{RULES['min-align'].source}]"
     if errno == _errno.ENOMEM:
-        return f"{RULES['iova-full'].text}, or no memory for page tables [{RULES['iova-full'].source}]"
-    return "the address is too wide for the page table, or no direction was given [iommu_map]"
+        return (f"{RULES['iova-full'].text}, or the page table refused: no memory, an address too wide, or mapped already "
+                f"[{RULES['iova-full'].source}, iommu_map]")
+    return "no direction was given [iommu_map]"
 
 
 def link_refusal(device: Device, errno: int, *, phys: int, offset: int, size: int, state_size: int) -> DmaError:

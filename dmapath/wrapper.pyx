@@ -74,22 +74,19 @@ cdef inline void window_restart(dma_map_iter *it, const dma_limits *lim) noexcep
 
 # look at every vector once, and leave the window at the first
 cdef void measure(dma_map_iter *it, const dma_limits *lim, uint64_t gm, shape *s) noexcept nogil:
-    cdef uint64_t prev_end = 0, at, end
-    cdef const phys_vec *v
-    cdef uint32_t i, n
-    s.padded = s.bits = s.edges = 0
+    cdef uint64_t at = it.window[0].paddr.v, size = it.window[0].len, end = at + size
+    cdef uint64_t bits = at | size, edges = 0, padded = ((end + gm) & ~gm) - (at & ~gm)
+    cdef uint32_t i, n = it.have, first = 1
     s.n = 0
     while True:
-        n = it.have
-        for i in range(n):
-            v = &it.window[i]
-            at = v.paddr.v
-            end = at + v.len
-            s.bits |= at | v.len
-            s.padded += ((end + gm) & ~gm) - (at & ~gm)
-            if i or s.n:
-                s.edges |= at | prev_end
-            prev_end = end
+        for i in range(first, n):
+            at = it.window[i].paddr.v
+            size = it.window[i].len
+            bits |= at | size
+            edges |= at | end
+            end = at + size
+            padded += ((end + gm) & ~gm) - (at & ~gm)
+        first = 0
         s.n += n
         if n < DMA_MAP_CHUNK:
             break
@@ -97,6 +94,8 @@ cdef void measure(dma_map_iter *it, const dma_limits *lim, uint64_t gm, shape *s
         if it.have == 0:
             it.have = n  # exactly full: the window still holds the last of them
             break
+        n = it.have
+    s.bits, s.edges, s.padded = bits, edges, padded
     it.whole = s.n == it.have
     window_restart(it, lim)
 
@@ -302,11 +301,13 @@ cdef int map_start(dma_device *dev, const dma_request *rq, dma_policy policy, dm
 
 # the vector the window stands at, or NULL after the last
 cdef inline const phys_vec *window_next(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
-    if it.at == it.have:
+    cdef uint32_t at = it.at
+    if at == it.have:
         if it.whole or window_load(it, lim) == 0:
             return NULL
-    it.at += 1
-    return &it.window[it.at - 1]
+        at = 0
+    it.at = at + 1
+    return &it.window[at]
 
 
 cdef inline int next_linear(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
@@ -356,17 +357,21 @@ cdef int next_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg
     return 1
 
 
+cdef inline int next_saved(dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    if it.at == st.nr_saved:
+        return 0
+    seg[0] = st.saved[it.at]
+    it.at += 1
+    return 1
+
+
 cdef int map_next(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    if st.sg:
-        if it.at == st.nr_saved:
-            return 0
-        seg[0] = st.saved[it.at]
-        it.at += 1
-        return 1
-    if st.layout == DMA_LAYOUT_LINEAR:
-        return next_linear(dev, st, it, seg)
     if st.layout == DMA_LAYOUT_GAPPED:
         return next_gapped(dev, it, seg)
+    if st.sg:
+        return next_saved(st, it, seg)
+    if st.layout == DMA_LAYOUT_LINEAR:
+        return next_linear(dev, st, it, seg)
     return next_each(dev, st, it, seg) if st.layout != DMA_LAYOUT_NONE else 0
 
 

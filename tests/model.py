@@ -322,7 +322,7 @@ class Device:
             self._map((iova, phys - off(phys), span))
         except ModelError:
             self._free(iova, span)
-            raise
+            raise ModelError(errno.ENOMEM) from None
         self.count.maps += 1
         return iova + off(phys)
 

@@ -187,6 +187,32 @@ def test_any_number_of_ranges(n: int, policy: Any, shift: int, memory: PhysMemor
     assert not any(live(dev).values())
 
 
+@pytest.mark.parametrize("policy", ["unified", "linux"])
+@pytest.mark.parametrize("dev", [strict(), Device()], ids=["iommu", "direct"])
+def test_start_next_unmap(dev: Device, policy: str) -> None:
+    m = dev.map_start(Bio(GAPPED), policy)
+    first = m.next()
+    assert first is not None
+    rest = []
+    while (s := m.next()) is not None:
+        rest.append(s)
+    assert m.next() is None
+    assert [first, *rest] == m.segments
+    assert [s.length for s in m] == [n for _, n in GAPPED]
+    m.unmap()
+    assert not any(live(dev).values())
+
+
+def test_next_can_fail_and_undoes_the_request() -> None:
+    dev = Device(dma_mask=2**32 - 1)
+    m = dev.map_start(Bio([(0x1000, 0x1000), (1 << 32, 0x1000)]))
+    assert m.next() is not None
+    with pytest.raises(dmapath.NoMemoryError, match="reach"):
+        m.next()
+    with pytest.raises(StateError, match="already"):
+        m.unmap()
+
+
 def test_gapped_is_one_of_everything() -> None:
     dev = strict()
     with dev.map(Bio(GAPPED)) as m:

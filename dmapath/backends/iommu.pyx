@@ -15,7 +15,7 @@ from dmapath._core cimport (
     C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS, PROT_CACHE,
     PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, counter_read, dom_alloc_iova,
     dom_attach, dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule,
-    dom_iova_to_phys, dom_link_gapped, dom_link_vec, dom_map, dom_off, dom_queued, dom_sync_map, dom_unmap,
+    dom_iova_to_phys, dom_link_gapped, dom_link_page, dom_record, dom_link_vec, dom_map, dom_off, dom_queued, dom_sync_map, dom_unmap,
     dom_unmap_free, dom_up, fail_point, iommu_domain, iommu_domain_config, iommu_domain_create, iommu_domain_free,
     iommu_unit, iommu_unit_advance, iommu_unit_destroy, iommu_unit_init, iova_alloc_fast, iova_cached_ranges,
     iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup, pgt_walk,
@@ -49,9 +49,13 @@ cdef inline iommu_domain *domain_of(dma_device *dev) noexcept nogil:
 
 
 # dma_info_to_prot
-cdef inline unsigned prot_of(dma_device *dev, dma_data_direction dir, unsigned long attrs) noexcept nogil:
+cdef inline unsigned dir_prot(dma_data_direction dir) noexcept nogil:
     # two bits for each direction: bidirectional reads and writes, to_device reads, from_device writes, none nothing
-    cdef unsigned prot = (0x27 >> (2 * <unsigned>dir)) & (PROT_READ_ | PROT_WRITE_)
+    return (0x27 >> (2 * <unsigned>dir)) & (PROT_READ_ | PROT_WRITE_)
+
+
+cdef inline unsigned prot_of(dma_device *dev, dma_data_direction dir, unsigned long attrs) noexcept nogil:
+    cdef unsigned prot = dir_prot(dir)
     if attrs & DMA_ATTR_MMIO:
         prot |= PROT_MMIO
     elif dev.flags & DMA_DEV_COHERENT:
@@ -152,6 +156,8 @@ cdef int iommu_link_vec(dma_device *dev, dma_iova_state *st, const phys_vec *v, 
 cdef int iommu_link(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t offset, uint64_t size,
                     dma_data_direction dir, unsigned long attrs) noexcept nogil:
     cdef phys_vec one
+    if attrs == 0 and dom_link_page(domain_of(dev), st, phys.v, offset, size, dir_prot(dir)):
+        return 0
     one.paddr = phys
     one.len = size
     return link_ranges(dev, st, &one, 1, offset, dir, attrs, False)
@@ -238,7 +244,7 @@ cdef int iommu_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
     rc = dom_map(d, &w, iova, phys.v - off, span, prot_of(dev, dir, attrs))
     if rc:
         dom_free_iova(d, iova, span)
-        return rc
+        return -ENOMEM  # all that DMA_MAPPING_ERROR tells
     if cpu_sync(dev, attrs):
         clean_for_device(d, phys.v, size)
         barrier(d)
@@ -694,8 +700,7 @@ cdef class IommuDomain(Backend):
 
     def record(self, bint on):
         """Start (empty) or stop the record of events."""
-        self.dom.log.n = 0
-        self.dom.log.on = on
+        dom_record(self.dom, on)
 
     def events(self):
         """What happened since ``record(True)``: list of tuples (kind, a, b, c), plain integers.

@@ -106,6 +106,17 @@ void dom_attach(struct iommu_domain *d, const struct dma_device *dev)
     uint64_t limit = min_nonzero(dev->dma_mask, dev->bus_dma_limit);
     limit = limit < d->aperture_last ? limit : d->aperture_last;
     d->limit_pfn = limit >> d->granule_shift;
+    d->trusting = dev->flags == DMA_DEV_COHERENT;
+    dom_record(d, false);
+}
+
+void dom_record(struct iommu_domain *d, bool on)
+{
+    lock_acquire(&d->log.lock);
+    d->log.n = 0;
+    store_relaxed(&d->log.on, on);
+    store_relaxed(&d->plain, !on && d->trusting && d->granule_mask == 4095);
+    lock_release(&d->log.lock);
 }
 
 uint64_t dom_alloc_iova(struct iommu_domain *d, struct dma_device *dev, uint64_t size)
@@ -192,13 +203,13 @@ static void link_undo(struct iommu_domain *d, uint64_t start, uint64_t end, stru
     flush_range(d, start, start + size - 1, EV_FLUSH);
 }
 
-struct linking { struct pgt_walk w; uint64_t at, end; uint32_t i; }; /* where a vector of links stands */
+struct linking { struct pgt_walk w; uint64_t at, end, pages; uint32_t i; }; /* where a vector of links stands */
 
 /* From range l.i on, whatever the ranges are like. */
 static RARE int link_any(struct iommu_domain *d, uint64_t start, struct linking l, const struct phys_vec *v, uint32_t n,
                          unsigned prot, bool gapped)
 {
-    struct pgt_delta delta = { { l.i, 0, 0 } }; /* each range so far was a page */
+    struct pgt_delta delta = { { l.pages, 0, 0 } };
     struct pgt_freelist freed = { NULL };
     uint64_t at = l.at;
     uint32_t i;
@@ -234,7 +245,21 @@ static RARE int link_any(struct iommu_domain *d, uint64_t start, struct linking 
     return 0;
 }
 
-/* The common case in a loop of its own: each range within one 4 KiB page, in tables that exist. */
+/* Several 4 KiB pages in tables that exist: all, or false and none. */
+static bool map_pages(struct iommu_domain *d, struct pgt_walk *w, uint64_t iova, uint64_t phys, uint64_t n, uint64_t bits)
+{
+    uint64_t k;
+    for (k = 0; k < n; k++)
+        if (unlikely(!pgt_map_page(&d->pgt, w, iova + (k << 12), phys + (k << 12), bits)))
+            break;
+    if (likely(k == n))
+        return true;
+    while (k-- > 0)
+        store_relaxed(&pgt_leaf_table(&d->pgt, iova + (k << 12))->e[((iova >> 12) + k) & 511], 0);
+    return false;
+}
+
+/* The common case in a loop of its own: ranges too small for large leaves, in tables that exist. */
 static inline __attribute__((always_inline)) int link_pages(struct iommu_domain *d, uint64_t iova, uint64_t end,
                                                             const struct phys_vec *v, uint32_t n, unsigned prot,
                                                             bool gapped)
@@ -244,20 +269,30 @@ static inline __attribute__((always_inline)) int link_pages(struct iommu_domain 
     uint32_t i = 0;
     bool simple = d->granule_mask == gm && prot & (PROT_READ_ | PROT_WRITE_);
     for (; likely(simple) && i < n; i++) {
-        uint64_t phys = v[i].paddr.v, off = phys & gm, len = v[i].len;
+        uint64_t phys = v[i].paddr.v, off = phys & gm, len = v[i].len, n4k = 1;
         uint64_t page = gapped ? at : at - off;
-        if (unlikely(off + len - 1 > gm || len > end - at || (!gapped && off && i) ||
-                     !pgt_map_page(&d->pgt, &w, page, phys - off, bits)))
+        if (unlikely(len > end - at || (!gapped && off && i)))
             break;
-        note(d, EV_MAP, page, phys - off, 4096);
-        at = gapped ? page + 4096 : at + len;
+        if (likely(off + len - 1 <= gm)) {
+            if (unlikely(!pgt_map_page(&d->pgt, &w, page, phys - off, bits)))
+                break;
+        } else {
+            n4k = (off + len + gm) >> 12;
+            if (unlikely(!len || len >= 1u << 21 || !map_pages(d, &w, page, phys - off, n4k, bits)))
+                break;
+        }
+        note(d, EV_MAP, page, phys - off, n4k << 12);
+        at = gapped ? page + (n4k << 12) : at + len;
     }
+    /* the ranges so far lie side by side from the first granule on */
+    uint64_t first = gapped || !n ? iova : iova - (v[0].paddr.v & gm), pages = ((at + gm) >> 12) - (first >> 12);
     if (unlikely(i < n)) {
         uint64_t start = gapped ? iova : iova - (v[0].paddr.v & d->granule_mask);
-        return link_any(d, start, (struct linking){ w, at, end, i }, v, n, prot, gapped);
+        pages = i ? pages : 0;
+        return link_any(d, start, (struct linking){ w, at, end, pages, i }, v, n, prot, gapped);
     }
     struct tally t = tally_of(d->counters);
-    tally(t, C_PTE_SET, n);
+    tally(t, C_PTE_SET, pages);
     tally(t, C_LINKS, n);
     return 0;
 }

@@ -37,6 +37,8 @@ struct iommu_domain {
     uint64_t granule_mask;
     uint64_t aperture_last, limit_pfn; /* limit_pfn: of the device's masks, set when it is attached */
     bool lazy, caching_mode, arm;
+    bool trusting;               /* the device is coherent, trusted and not to be treated as Linux's defects would */
+    bool plain;                  /* 4 KiB granules, a coherent trusted device, nobody records: links need no second look */
     struct pgt pgt;
     struct iova_domain iova;
     struct fq *fq;               /* one a CPU; NULL: strict */
@@ -91,11 +93,29 @@ void dom_flush_end(struct iommu_domain *);
 void dom_flush_queues(struct iommu_domain *); /* flush now, free what may go */
 uint64_t dom_queued(struct iommu_domain *);
 
+void dom_record(struct iommu_domain *, bool on);
 RARE void log_event(struct event_log *, enum event_kind, uint64_t a, uint64_t b, uint64_t c);
 static inline void note(struct iommu_domain *d, enum event_kind k, uint64_t a, uint64_t b, uint64_t c)
 {
     if (unlikely(load_relaxed(&d->log.on)))
         log_event(&d->log, k, a, b, c);
+}
+
+/* dma_iova_link as it nearly always is: one range within one page, in a table that exists. false: take the long way. */
+static inline bool dom_link_page(struct iommu_domain *d, const struct dma_iova_state *s, uint64_t phys, uint64_t offset,
+                                 uint64_t size, unsigned prot)
+{
+    uint64_t off = phys & 4095, at = s->addr.v + offset - off;
+    struct pgt_walk w = { NULL, 0 };
+    if (unlikely(!load_relaxed(&d->plain) || (off && offset) || off + size - 1 > 4095 || offset > s->__size - size ||
+                 size > s->__size || s->__size >> 63 || !prot))
+        return false;
+    if (unlikely(!pgt_map_page(&d->pgt, &w, at, phys - off, prot | PROT_CACHE | PTE_LEAF)))
+        return false;
+    struct tally t = tally_of(d->counters);
+    tally(t, C_PTE_SET, 1);
+    tally(t, C_LINKS, 1);
+    return true;
 }
 
 /* iommu_sync_map: hardware that remembers "not present" must forget it, no other need do anything. */
