@@ -25,34 +25,35 @@ from dmapath import Bio, Device, DmaEngine, Iommu, MemoryRegion, PhysMemory, _be
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 PAGE = 4096
 
-#: name -> (operation, ranges, offset, bytes of each, policy, Linux's instructions)
-OPERATIONS = {
-    "IOVA alloc+free, 1 page (cache)": ("iova", 1, 0, 1, "", 88),
-    "IOVA alloc+free, 8 pages (cache)": ("iova", 1, 0, 8, "", 106),
-    "IOVA alloc+free, 32 pages (cache)": ("iova", 1, 0, 32, "", 99),
-    "IOVA alloc+free, 64 pages (tree)": ("iova", 1, 0, 64, "", 305),
-    "two-step, 1 link": ("two-step", 1, 0, PAGE, "", 1104),
-    "two-step, 8 links": ("two-step", 8, 0, PAGE, "", 3684),
-    "two-step, 32 links": ("two-step", 32, 0, PAGE, "", 12461),
-    "two-step, 8 links as one vector": ("two-step-vec", 8, 0, PAGE, "", 3684),
-    "two-step, 32 links as one vector": ("two-step-vec", 32, 0, PAGE, "", 12461),
-    "classic map+unmap, 1": ("classic", 1, 0, PAGE, "", 1260),
-    "classic map+unmap, 32": ("classic", 32, 0, PAGE, "", 40103),
-    "request, 32 bvecs aligned, unified": ("request", 32, 0, PAGE, "unified", 15996),
-    "request, 32 bvecs unaligned, unified": ("request", 32, 0x200, 0x600, "unified", 44963),
-    "request, 32 bvecs of 2 pages, unified": ("request", 32, 0x200, PAGE, "unified", None),
-    "request, 32 bvecs aligned, linux": ("request", 32, 0, PAGE, "linux", 15996),
-    "request, 32 bvecs unaligned, linux": ("request", 32, 0x200, 0x600, "linux", 44963),
+Spec = tuple[str, int, int, int, str]
+#: name -> (operation, ranges, offset, bytes of each, policy), Linux's instructions
+OPERATIONS: dict[str, tuple[Spec, int | None]] = {
+    "IOVA alloc+free, 1 page (cache)": (("iova", 1, 0, 1, ""), 88),
+    "IOVA alloc+free, 8 pages (cache)": (("iova", 1, 0, 8, ""), 106),
+    "IOVA alloc+free, 32 pages (cache)": (("iova", 1, 0, 32, ""), 99),
+    "IOVA alloc+free, 64 pages (tree)": (("iova", 1, 0, 64, ""), 305),
+    "two-step, 1 link": (("two-step", 1, 0, PAGE, ""), 1104),
+    "two-step, 8 links": (("two-step", 8, 0, PAGE, ""), 3684),
+    "two-step, 32 links": (("two-step", 32, 0, PAGE, ""), 12461),
+    "two-step, 8 links as one vector": (("two-step-vec", 8, 0, PAGE, ""), 3684),
+    "two-step, 32 links as one vector": (("two-step-vec", 32, 0, PAGE, ""), 12461),
+    "classic map+unmap, 1": (("classic", 1, 0, PAGE, ""), 1260),
+    "classic map+unmap, 32": (("classic", 32, 0, PAGE, ""), 40103),
+    "request, 32 bvecs aligned, unified": (("request", 32, 0, PAGE, "unified"), 15996),
+    "request, 32 bvecs unaligned, unified": (("request", 32, 0x200, 0x600, "unified"), 44963),
+    "request, 32 bvecs of 2 pages, unified": (("request", 32, 0x200, PAGE, "unified"), None),
+    "request, 32 bvecs aligned, linux": (("request", 32, 0, PAGE, "linux"), 15996),
+    "request, 32 bvecs unaligned, linux": (("request", 32, 0x200, 0x600, "linux"), 44963),
 }
 
 
 def stripes(n: int, offset: int, length: int) -> Bio:
-    """n ranges, three pages apart and from the top down: scattered, none adjacent."""
+    """N ranges, three pages apart and from the top down: scattered, none adjacent."""
     return Bio.from_phys([(0x100000 + 3 * (n - i) * PAGE + offset, length) for i in range(n)], op="write")
 
 
 def run(op: str, n: int, offset: int, length: int, policy: str, rounds: int) -> float:
-    """ns per operation."""
+    """Ns per operation."""
     dev = Device(iommu=Iommu())
     if op == "iova":
         dev.backend.alloc_free_loop(length, 2)
@@ -64,7 +65,7 @@ def run(op: str, n: int, offset: int, length: int, policy: str, rounds: int) -> 
     return _bench.run(op, dev, bio, rounds, policy or "unified")
 
 
-def instructions(spec: tuple[str, int, int, int, str]) -> int | None:
+def instructions(spec: Spec) -> int | None:
     """Per operation, by callgrind; None without valgrind."""
     if shutil.which("valgrind") is None:
         return None
@@ -85,9 +86,9 @@ def hot_paths(console: Console) -> None:
     table = Table(title="per operation, strict IOMMU", title_justify="left", pad_edge=False)
     for name in ("operation", "ns here", "instructions", "Linux", "ratio"):
         table.add_column(name, justify="left" if name == "operation" else "right", no_wrap=True)
-    for name, (*spec, linux) in track(OPERATIONS.items(), console=Console(stderr=True), transient=True):
+    for name, (spec, linux) in track(OPERATIONS.items(), console=Console(stderr=True), transient=True):
         ns = min(run(*spec, 20000) for _ in range(5))
-        ir = instructions(tuple(spec))
+        ir = instructions(spec)
         ratio = f"{ir / linux:.2f}" if ir and linux else ""
         table.add_row(name, f"{ns:.0f}", str(ir or "-"), str(linux or "-"), ratio)
     console.print(table)
@@ -100,8 +101,9 @@ def large_regions(console: Console) -> None:
     table = Table(title="large regions", title_justify="left", pad_edge=False)
     for name in ("region", "map us", "ns per page", "page table, bytes per page"):
         table.add_column(name, justify="left" if name == "region" else "right", no_wrap=True)
-    for name, page, count in (("1 GiB of scattered 4 KiB pages", PAGE, 1 << 18), ("1 GiB of scattered 2 MiB pages", 2 << 20, 512),
-                              ("1 TiB of 1 GiB pages", 1 << 30, 1024)):  # fmt: skip
+    regions = (("1 GiB of scattered 4 KiB pages", PAGE, 1 << 18), ("1 GiB of scattered 2 MiB pages", 2 << 20, 512),
+               ("1 TiB of 1 GiB pages", 1 << 30, 1024))  # fmt: skip
+    for name, page, count in regions:
         step = page if page == 1 << 30 else 2 * page
         region = MemoryRegion([((1 << 40) + i * step, page) for i in range(count)], length=page * count)
         dev = Device(iommu=Iommu(), forcedac=True, dma_mask=2**52 - 1)
@@ -137,7 +139,7 @@ def python_level(console: Console) -> None:
 
 
 def best_of(call: object, rounds: int) -> float:
-    """ns per call, the best of seven runs."""
+    """Ns per call, the best of seven runs."""
     assert callable(call)
     out = []
     for _ in range(7):

@@ -148,7 +148,8 @@ BAD_CYTHON = {
 @pytest.mark.parametrize("name", BAD_CYTHON)
 def test_cython_refuses_to_mix_addresses(name: str, tmp_path: Path) -> None:
     (tmp_path / "bad.pyx").write_text("# cython: language_level=3\nfrom dmapath.abi cimport *\n" + BAD_CYTHON[name] + "\n")
-    done = subprocess.run([sys.executable, "-m", "cython", "bad.pyx"], cwd=tmp_path, text=True, capture_output=True, check=False)
+    command = [sys.executable, "-m", "cython", "bad.pyx"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
     assert done.returncode != 0
     assert "Cannot assign type" in done.stderr, done.stderr
 

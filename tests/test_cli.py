@@ -37,7 +37,8 @@ def test_compare_answers_in_json_and_pictures(tmp_path: Path) -> None:
     assert all(r["verified"] for r in rows)
     pick = {(r["ranges"], r["alignment"], r["mode"], r["policy"]): r for r in rows if r["request"] == "bio"}
     linux, unified = pick[32, "unaligned", "strict", "linux"], pick[32, "unaligned", "strict", "unified"]
-    for key, a, b in (("iova_allocs", 32, 1), ("invalidations", 32, 1), ("unmap_state_bytes", 512, 16), ("segments", 32, 32)):
+    figures = {"iova_allocs": (32, 1), "invalidations": (32, 1), "unmap_state_bytes": (512, 16), "segments": (32, 32)}
+    for key, (a, b) in figures.items():
         assert (linux[key], unified[key]) == (a, b)
     assert "32 IOVA allocations, 32 IOTLB invalidations and 512 bytes" in " ".join(text.split())
     assert "Every byte arrived" in text
@@ -91,7 +92,8 @@ def test_an_error_is_an_answer() -> None:
     "args",
     [
         ("explain",), ("explain", "0x1000"), ("explain", "0x1000+0"), ("explain", "x+1"), ("explain", "0x1000+-5"),
-        ("explain", "0x1000+1", "--dma-mask", "5"), ("explain", "0xffffffffffffffff+2"), ("explain", "0x10+1", "--dir", "bidi"),
+        ("explain", "0x1000+1", "--dma-mask", "5"), ("explain", "0xffffffffffffffff+2"),
+        ("explain", "0x10+1", "--dir", "bidi"),
         ("explain", "0x1000+1", "--policy", "bsd"), ("replay", "/nonexistent"), ("frobnicate",),
     ],
 )  # fmt: skip

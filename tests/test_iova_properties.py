@@ -3,6 +3,7 @@ reserved."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -17,11 +18,11 @@ RESERVED = [(0xFEE00000, 0xFEEFFFFF), (0x8000000, 0x8100FFF), (0x0, 0xFFFF)]
 
 def check(dev: Device, live: dict[int, int], mask: int, reserved: list[tuple[int, int]]) -> None:
     spans = sorted((a, a + n - 1) for a, n in live.items())
-    assert all(x[1] < y[0] for x, y in zip(spans, spans[1:], strict=False))
+    assert all(x[1] < y[0] for x, y in itertools.pairwise(spans))
     for first, last in spans:
         pages = (last + 1 - first) // 4096
         assert first % (4096 << max(0, (pages - 1).bit_length())) == 0
-        assert 4096 <= first
+        assert first >= 4096
         assert last <= mask
         assert not any(first <= hi and last >= lo for lo, hi in reserved)
 

@@ -121,7 +121,8 @@ def blocks(kind: str) -> list[str]:
 
 
 def test_the_readme_program_prints_what_the_readme_says(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", blocks("python")[0]], cwd=tmp_path, text=True, capture_output=True, check=True)
+    program = blocks("python")[0]
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, capture_output=True, check=True)
     assert done.stdout == blocks("text")[0]
 
 
