@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,6 +25,7 @@ from dmapath.mr import MemoryRegion
 from dmapath.replay import Report
 from dmapath.replay import replay as replay_trace
 from dmapath.request import Mappable
+from dmapath.rules import CASES
 
 __all__ = ["main"]
 
@@ -72,17 +74,26 @@ def cli() -> None:
 
 # ---- compare ------------------------------------------------------------------------------------------------------
 
-_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], object]], ...] = (
-    ("request", lambda r: f"{r['request']} {r['ranges'] if r['request'] == 'bio' else '16 MiB'} {r['alignment']}"),
+def _ptes(r: dict[str, Any]) -> str:
+    return " ".join(f"{n}x{size.upper()}" for size, n in r["ptes"].items() if n) or "0"
+
+
+_Column = tuple[str, Callable[[dict[str, Any]], object]]
+_WHICH: tuple[_Column, ...] = (
+    ("request", lambda r: f"{r['request']} {r['ranges'] if r['request'] == 'bio' else '16M'} {r['alignment']}"),
     ("policy", lambda r: r["policy"]),
-    ("case", lambda r: r["case"]),
+)
+_WHAT: tuple[_Column, ...] = (
+    ("case", lambda r: CASES[r["case"]][0]),
     ("layout", lambda r: r["layout"]),
     ("segs", lambda r: r["segments"]),
-    ("IOVA\nallocs", lambda r: r["iova_allocs"]),
-    ("PTEs\n4K/2M/1G", lambda r: "/".join(str(v) for v in r["ptes"].values())),
-    ("IOTLB\ninvals", lambda r: r["invalidations"]),
+    ("IOVA\nalloc", lambda r: r["iova_allocs"]),
+    ("PTEs", _ptes),
+    ("IOTLB\ninval", lambda r: r["invalidations"]),
     ("kept\nbytes", lambda r: r["unmap_state_bytes"]),
     ("exposed\nbytes", lambda r: "all" if r["exposed_bytes"] is None else r["exposed_bytes"]),
+)
+_HOW: tuple[_Column, ...] = (
     ("data", lambda r: "ok" if r["verified"] else "WRONG"),
     ("map\nns", lambda r: r["map_ns"]),
     ("unmap\nns", lambda r: r["unmap_ns"]),
@@ -91,19 +102,25 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], object]], ...] = (
 
 
 def _compare_table(console: Console, rows: list[dict[str, Any]]) -> None:
+    wide = console.width >= 119
+    parts = [_WHICH + _WHAT + _HOW] if wide else [_WHICH + _WHAT[:6], _WHICH + _WHAT[6:] + _HOW]
     for backend, mode in compare_mod.MODES:
         title = "no IOMMU" if backend == "direct" else f"{mode} IOMMU"
-        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
-        for i, (name, _) in enumerate(_COLUMNS):
-            table.add_column(name, justify="left" if i < 4 else "right", no_wrap=i < 4)
-        for r in rows:
-            if (r["backend"], r["mode"]) == (backend, mode):
-                table.add_row(*(str(cell(r)) for _, cell in _COLUMNS))
-        console.print(table)
+        mine = [r for r in rows if (r["backend"], r["mode"]) == (backend, mode)]
+        for columns in parts:
+            table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
+                          padding=(0, 1, 0, 0))  # fmt: skip
+            for name, _ in columns:
+                left = name in ("request", "policy", "layout", "PTEs")
+                table.add_column(name, justify="left" if left else "right", no_wrap=True)
+            for r in mine:
+                table.add_row(*(str(cell(r)) for _, cell in columns))
+            console.print(table)
     console.print(
+        "case: " + ", ".join(f"{n} {words}" for n, words in sorted({CASES[r["case"]] for r in rows})) + ". "
         "exposed: bytes that the device can reach beyond the request (all: the whole memory). map, unmap: measured "
         "here, medians. modelled: hardware time from published costs (dmapath.costs), for ranking only.\n"
-    )
+    )  # fmt: skip
 
 
 @cli.command()
@@ -248,8 +265,8 @@ def replay(traces: tuple[str, ...], as_json: bool) -> None:
 
 
 def _print_report(console: Console, report: Report) -> None:
-    table = Table(title=f"{report.name} ({report.environment})", title_justify="left", title_style="bold",
-                  pad_edge=False)  # fmt: skip
+    console.print(f"{report.name} ({report.environment})", style="bold", highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("I/O", "line", "bytes", "flow here", "verdict"):
         table.add_column(name, justify="right" if name in ("line", "bytes") else "left", no_wrap=True)
     for o in report.outcomes:
