@@ -14,6 +14,7 @@ cdef extern from "util.h" nogil:
         C_LINKS, C_SYNCS, C_UNLINKS, C_MAPS, C_UNMAPS, C_SG_MAPS, C_SG_UNMAPS
         C_PTE_SET, C_PTE_CLEAR, C_INVAL_RANGE, C_INVAL_FULL, C_SYNC_FLUSH
         C_CACHE_CLEAN, C_CACHE_INVAL, C_BARRIERS, C_FAULTS, C_COUNT
+    void *core_alloc(fail_point *, size_t)
     void count(counters *, int, uint64_t)
     uint64_t counter_read(const counters *, unsigned)
 

@@ -114,13 +114,13 @@ def as_iova(value: int, argument: str = "iova") -> int:
     return _plain(Iova, value, argument)
 
 
-def as_length(value: int, argument: str = "size", *, least: int = 1) -> int:
-    """``value`` as bytes: an integer that is no address, from ``least`` to 2**63 - 1."""
+def as_length(value: int, argument: str = "size", *, least: int = 1, last: int = 2**63 - 1) -> int:
+    """``value`` as bytes: an integer that is no address, from ``least`` to ``last``."""
     if isinstance(value, (_Address, bool)) or not hasattr(value, "__index__"):
         raise AddressTypeError("a number of bytes is wanted", argument=argument, value=value)
     value = value.__index__()
-    if not least <= value < 2**63:
-        raise DmaValueError(f"{least} to 2**63 - 1 bytes", argument=argument, value=value)
+    if not least <= value <= last:
+        raise DmaValueError(f"{least} to {last:#x} bytes", argument=argument, value=value)
     return value
 
 

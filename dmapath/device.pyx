@@ -203,10 +203,55 @@ cdef class Device:
     def __repr__(self):
         return f"Device({self.backend.name}{'' if self.iommu is None else ', ' + repr(self.iommu)})"
 
-    def __getattr__(self, name):
-        if name != "config_" and self.config_ is not None and name in self.config_:
-            return self.config_[name]
-        raise AttributeError(f"Device has no attribute {name!r}")
+    @property
+    def dma_mask(self):
+        """Greatest address the device can name (inclusive)."""
+        return self.config_["dma_mask"]
+
+    @property
+    def bus_dma_limit(self):
+        """Greatest address its bus can name; 0: no limit."""
+        return self.config_["bus_dma_limit"]
+
+    @property
+    def coherent(self):
+        """Whether CPU caches see its DMA."""
+        return self.config_["coherent"]
+
+    @property
+    def untrusted(self):
+        """Whether it may see nothing but the bytes it was given."""
+        return self.config_["untrusted"]
+
+    @property
+    def max_segments(self):
+        """Segments in a request."""
+        return self.config_["max_segments"]
+
+    @property
+    def max_segment_size(self):
+        """Bytes in a segment, or None: no limit of its own."""
+        return self.config_["max_segment_size"]
+
+    @property
+    def seg_boundary_mask(self):
+        """Mask whose multiples a segment must not cross."""
+        return self.config_["seg_boundary_mask"]
+
+    @property
+    def virt_boundary(self):
+        """Mask of bits where segments must meet; 0: gaps are fine."""
+        return self.config_["virt_boundary"]
+
+    @property
+    def dma_alignment(self):
+        """Mask of address and length bits that must be 0."""
+        return self.config_["dma_alignment"]
+
+    @property
+    def min_align_mask(self):
+        """Address bits that a bounce buffer must keep."""
+        return self.config_["min_align_mask"]
 
     def fresh(self, **changes):
         """A device of the same kind on a fresh Iommu of the same kind: nothing mapped, nothing cached."""
@@ -294,13 +339,11 @@ cdef class Device:
     def iova_try_alloc(self, phys, size):
         """Reserve IOVA for ``size`` bytes that begin like ``phys`` inside a granule (dma_iova_try_alloc).
 
-        Returns an IovaState, or None when refused: no IOMMU, size 0, or no space. No page table is touched.
+        Returns an IovaState, or None when refused: no IOMMU, size 0 or beyond 63 bits, or no space. No page table is
+        touched.
         """
         cdef IovaState st = IovaState.__new__(IovaState)
-        cdef uint64_t p = as_phys(phys), n
-        if as_length(size, least=0) == 0:
-            return None
-        n = size
+        cdef uint64_t p = as_phys(phys), n = as_length(size, least=0, last=2**64 - 1)
         with nogil:
             st.live = dma_iova_try_alloc(&self.c, &st.c, phys_addr(p), n) != 0
         st.device = self

@@ -52,6 +52,26 @@ cdef struct shape:  # what one look at all vectors tells
     uint32_t n
 
 
+# the only allocations here; fail_nth makes one of them fail
+cdef long countdown = 0
+
+
+cdef void *take(size_t n) noexcept nogil:
+    global countdown
+    if countdown:
+        countdown -= 1
+        if countdown == 0:
+            return NULL
+    return malloc(n)
+
+
+def fail_nth(long n):
+    """Make the wrapper's nth allocation from now fail (1: the next; 0: none). Returns what was left of the last order."""
+    global countdown
+    left, countdown = countdown, n
+    return left
+
+
 # ---- reading vectors ----------------------------------------------------------------------------------------------
 
 cdef inline void window_rewind(dma_map_iter *it) noexcept nogil:
@@ -175,7 +195,7 @@ cdef int prepare_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, uint
     if not dev.ops.need_unmap(dev):
         st.rules |= R_FORGET
         return 0
-    st.saved = <dma_seg *>malloc(<size_t>most * sizeof(dma_seg))
+    st.saved = <dma_seg *>take(<size_t>most * sizeof(dma_seg))
     if st.saved == NULL:
         give_up(st, R_MAP_FAILED)
         return -ENOMEM
@@ -237,8 +257,8 @@ cdef int start_umem(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexce
     st.rules |= R_UMEM_SG
     st.sg = 1
     most = count_vecs(it, &lim)
-    v = <phys_vec *>malloc(<size_t>most * sizeof(phys_vec))
-    st.saved = <dma_seg *>malloc(<size_t>most * sizeof(dma_seg))
+    v = <phys_vec *>take(<size_t>most * sizeof(phys_vec))
+    st.saved = <dma_seg *>take(<size_t>most * sizeof(dma_seg))
     rc = 0 if v != NULL and st.saved != NULL else -ENOMEM
     if rc == 0:
         window_rewind(it)

@@ -79,7 +79,7 @@ BAD: list[tuple[str, Callable[[], object], type[DmaError], str]] = [
     ("a string", lambda: DEV.iova_try_alloc("0", 1), AddressTypeError, "phys"),  # type: ignore[arg-type]
     ("a zero length", lambda: DEV.map_phys(0, 0), DmaValueError, "size"),
     ("a negative length", lambda: DEV.map_phys(0, -1), DmaValueError, "size"),
-    ("a length of 2**63", lambda: DEV.iova_try_alloc(0, 2**63), DmaValueError, "size"),
+    ("a length of 2**64", lambda: DEV.iova_try_alloc(0, 2**64), DmaValueError, "size"),
     ("phys + size past 2**64", lambda: DEV.map_phys(2**64 - 1, 2), DmaValueError, "size"),
     ("a negative offset", lambda: DEV.iova_link(STATE, 0, -1, 1), DmaValueError, "offset"),
     ("no such direction", lambda: DEV.map_phys(0, 1, "up"), DmaValueError, "dir"),

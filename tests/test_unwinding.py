@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import lazy, live, strict
 
-from dmapath import Bio, Device, DmaEngine, DmaError, Iommu, MemoryRegion, PhysMemory
+from dmapath import Bio, Device, DmaEngine, DmaError, Iommu, MemoryRegion, PhysMemory, wrapper
 
 FAR = [(0x100000000 + i * 0x40000000, 0x1000) for i in range(5)]  # no two in one table
 GAPPED = [(p + 0x200, 0x400) for p, _ in FAR]
@@ -58,6 +59,24 @@ def test_every_failed_allocation_unwinds(name: str, make: Callable[[], Device]) 
             assert nth > 1
             return
     pytest.fail("the op never ran out of allocations to fail")
+
+
+@pytest.mark.parametrize("name", ["per-range", "umem"])
+def test_the_wrappers_own_allocations_unwind(name: str) -> None:
+    dev = strict()
+    before = live(dev)
+    for nth in range(1, 10):
+        wrapper.fail_nth(nth)
+        try:
+            OPS[name](dev)
+        except DmaError as e:
+            assert e.errno == errno.ENOMEM
+            assert live(dev) == before
+            continue
+        assert wrapper.fail_nth(0) > 0
+        assert nth > 1
+        return
+    pytest.fail("the wrapper never ran out of allocations to fail")
 
 
 def test_a_magazine_that_cannot_be_had_frees_to_the_tree() -> None:

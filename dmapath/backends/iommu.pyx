@@ -6,14 +6,14 @@ Error codes and the order of checks are dma-iommu.c's; the numbers in comments a
 cimport cython
 from libc.errno cimport EINVAL, EIO, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ERANGE
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memset
 
 from dmapath._core cimport (
     C_BARRIERS, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL, C_INVAL_RANGE, C_IOVA_ALLOC_BYTES,
     C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR, C_PTE_SET, C_SG_MAPS, C_SG_UNMAPS,
     C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS, PROT_CACHE,
-    PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, counter_read, dom_alloc_iova,
+    PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, core_alloc, counter_read, dom_alloc_iova,
     dom_attach, dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule,
     dom_iova_to_phys, dom_link_gapped, dom_link_page, dom_link_vec, dom_map, dom_off, dom_queued, dom_record, dom_sync_map,
     dom_unmap,
@@ -367,7 +367,7 @@ cdef int iommu_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_d
         return -EOPNOTSUPP
     if dev.flags & DMA_DEV_UNTRUSTED:
         return sg_one_by_one(dev, v, n, dir, attrs, out)
-    span = <uint64_t *>malloc(n * sizeof(uint64_t))
+    span = <uint64_t *>core_alloc(&d.fail, n * sizeof(uint64_t))
     if span == NULL:
         return -ENOMEM
     total = sg_spans(dev, v, n, span)
