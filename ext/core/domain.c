@@ -457,40 +457,52 @@ void iommu_unit_advance(struct iommu_unit *u, uint64_t ns)
 
 /* ---- the device's side -------------------------------------------------------------------------------------------- */
 
+enum { BATCH = 16 }; /* pages moved under one hold of the IOTLB's lock */
+
+/* Move what one translation covers; returns the bytes, fewer where memory ends. */
+static inline uint64_t move(const struct phys_mem *m, const struct xlate *x, char *mine, uint64_t n, int write)
+{
+    if (unlikely(!x->host || n > 4096 - (x->phys & 4095)))
+        return phys_mem_copy(m, x->phys, mine, n, write);
+    if (write)
+        memcpy(x->host, mine, n);
+    else
+        memcpy(mine, x->host, n);
+    return n;
+}
+
+/* Bytes are moved with the IOTLB's lock held: an invalidation that has returned has seen every access end that used what
+ * it dropped, as the drain of a hardware invalidation does. */
 int dom_bus_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova, uint64_t len, void *buf, int write,
                    struct dma_fault *f)
 {
     struct phys_mem *m = dev->mem;
     struct iotlb *t = &d->unit->tlb;
-    uint64_t done = 0;
+    unsigned need = write ? PROT_WRITE_ : PROT_READ_;
     uint32_t reason = DMA_FAULT_NONE;
+    uint64_t done = 0;
     phys_mem_read_lock(m);
     while (done < len && !reason) {
-        struct xlate x;
         lock_acquire(&t->lock);
-        bool present = iotlb_translate(t, &d->pgt, d->did, iova + done, m, &x);
+        for (int i = 0; i < BATCH && done < len; i++) {
+            struct xlate x;
+            if (unlikely(!iotlb_translate(t, &d->pgt, d->did, iova + done, m, &x))) {
+                reason = DMA_FAULT_NOT_PRESENT;
+                break;
+            }
+            if (unlikely(!(x.prot & need))) {
+                reason = write ? DMA_FAULT_WRITE : DMA_FAULT_READ;
+                break;
+            }
+            uint64_t want = x.left < len - done ? x.left : len - done;
+            uint64_t moved = move(m, &x, (char *)buf + done, want, write);
+            done += moved;
+            if (unlikely(moved < want)) {
+                reason = DMA_FAULT_BUS;
+                break;
+            }
+        }
         lock_release(&t->lock);
-        if (unlikely(!present)) {
-            reason = DMA_FAULT_NOT_PRESENT;
-            break;
-        }
-        if (unlikely(!(x.prot & (write ? PROT_WRITE_ : PROT_READ_)))) {
-            reason = write ? DMA_FAULT_WRITE : DMA_FAULT_READ;
-            break;
-        }
-        uint64_t n = x.left < len - done ? x.left : len - done, moved = n;
-        char *mine = (char *)buf + done;
-        if (likely(x.host != NULL && n <= 4096 - (x.phys & 4095))) {
-            if (write)
-                memcpy(x.host, mine, n);
-            else
-                memcpy(mine, x.host, n);
-        } else {
-            moved = phys_mem_copy(m, x.phys, mine, n, write);
-        }
-        done += moved;
-        if (unlikely(moved < n))
-            reason = DMA_FAULT_BUS;
     }
     phys_mem_read_unlock(m);
     if (likely(!reason))

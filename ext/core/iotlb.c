@@ -11,26 +11,38 @@ int iotlb_init(struct iotlb *t, uint32_t sets, uint32_t ways, bool caching_mode,
     t->ways = ways;
     t->caching_mode = caching_mode;
     t->e = core_alloc(fail, sizeof(*t->e) * sets * ways);
-    return t->e ? 0 : -ENOMEM;
+    t->tag = core_alloc(fail, sizeof(*t->tag) * sets * ways);
+    if (t->e && t->tag)
+        return 0;
+    iotlb_destroy(t);
+    return -ENOMEM;
 }
 
-void iotlb_destroy(struct iotlb *t) { free(t->e); t->e = NULL; }
-
-static inline struct iotlb_entry *set_of(struct iotlb *t, uint32_t did, uint64_t page)
+void iotlb_destroy(struct iotlb *t)
 {
-    return &t->e[((page ^ did) & (t->sets - 1)) * t->ways];
+    free(t->e);
+    free(t->tag);
+    t->e = NULL;
+    t->tag = NULL;
 }
+
+/* First entry of the set for a page. */
+static inline uint64_t set_of(const struct iotlb *t, uint32_t did, uint64_t page)
+{
+    return ((page ^ did) & (t->sets - 1)) * t->ways;
+}
+/* Never 0; domains share tags and are told apart by the entry. */
+static inline uint64_t tag_of(uint64_t page, unsigned level) { return page << 2 | (level + 1); }
 
 static inline struct iotlb_entry *find(struct iotlb *t, uint32_t did, uint64_t iova)
 {
     for (unsigned l = 0, seen = t->levels_seen; seen; l++, seen >>= 1) {
-        if (!(seen & 1))
+        if (unlikely(!(seen & 1)))
             continue;
-        uint64_t page = iova >> level_shift(l);
-        struct iotlb_entry *e = set_of(t, did, page);
-        for (uint32_t w = 0; w < t->ways; w++, e++)
-            if (e->page == page && e->did == did && e->level == l)
-                return e;
+        uint64_t page = iova >> level_shift(l), first = set_of(t, did, page), tag = tag_of(page, l);
+        for (uint32_t w = 0; w < t->ways; w++)
+            if (t->tag[first + w] == tag && t->e[first + w].did == did)
+                return &t->e[first + w];
     }
     return NULL;
 }
@@ -38,7 +50,7 @@ static inline struct iotlb_entry *find(struct iotlb *t, uint32_t did, uint64_t i
 static struct iotlb_entry *insert(struct iotlb *t, uint32_t did, uint64_t iova, unsigned level, uint64_t pte)
 {
     uint64_t page = iova >> level_shift(level);
-    struct iotlb_entry *e = set_of(t, did, page), *victim = e;
+    struct iotlb_entry *e = &t->e[set_of(t, did, page)], *victim = e;
     for (uint32_t w = 0; w < t->ways; w++, e++) {
         if (!e->did) {
             victim = e;
@@ -56,6 +68,7 @@ static struct iotlb_entry *insert(struct iotlb *t, uint32_t did, uint64_t iova, 
     victim->host = NULL;
     victim->did = did;
     victim->level = level;
+    t->tag[victim - t->e] = tag_of(page, level);
     t->levels_seen |= 1u << level;
     return victim;
 }
@@ -95,7 +108,7 @@ static struct pgt_table *pwc_find(struct iotlb *t, uint32_t did, uint64_t iova, 
     return NULL;
 }
 
-static struct iotlb_entry *walk(struct iotlb *t, struct pgt *p, uint32_t did, uint64_t iova)
+static RARE struct iotlb_entry *walk(struct iotlb *t, struct pgt *p, uint32_t did, uint64_t iova)
 {
     unsigned l;
     struct pgt_table *table = pwc_find(t, did, iova, &l);
@@ -119,7 +132,8 @@ static struct iotlb_entry *walk(struct iotlb *t, struct pgt *p, uint32_t did, ui
     return NULL;
 }
 
-bool iotlb_translate(struct iotlb *t, struct pgt *p, uint32_t did, uint64_t iova, const struct phys_mem *mem,
+/* Translate under t->lock, which the caller holds, as it holds the memory's read lock. false: not present. */
+static inline bool iotlb_translate(struct iotlb *t, struct pgt *p, uint32_t did, uint64_t iova, const struct phys_mem *mem,
                      struct xlate *x)
 {
     struct iotlb_entry *e = find(t, did, iova);
@@ -149,6 +163,7 @@ static inline void drop(struct iotlb *t, struct iotlb_entry *e)
 {
     e->did = 0;
     e->used = 0;
+    t->tag[e - t->e] = 0;
     t->live--;
 }
 
@@ -156,10 +171,10 @@ static void drop_pages(struct iotlb *t, uint32_t did, uint64_t first, uint64_t l
 {
     unsigned shift = level_shift(level);
     for (uint64_t page = first >> shift;; page++) {
-        struct iotlb_entry *e = set_of(t, did, page);
-        for (uint32_t w = 0; w < t->ways; w++, e++)
-            if (e->page == page && e->did == did && e->level == level)
-                drop(t, e);
+        uint64_t first_way = set_of(t, did, page);
+        for (uint32_t w = 0; w < t->ways; w++)
+            if (t->tag[first_way + w] == tag_of(page, level) && t->e[first_way + w].did == did)
+                drop(t, &t->e[first_way + w]);
         if (page == last >> shift)
             return;
     }

@@ -8,7 +8,7 @@
 #include "mem.h"
 #include "pgtable.h"
 
-struct iotlb_entry {
+struct iotlb_entry { /* one cache line */
     uint64_t page;   /* iova >> shift */
     uint64_t pte;    /* 0 in a valid entry: remembered "not present" (caching mode) */
     void *host;      /* where the page's bytes are, or NULL; good while the memory's epoch is the same */
@@ -16,6 +16,7 @@ struct iotlb_entry {
     uint64_t used;   /* LRU stamp */
     uint32_t did;    /* domain, 0: empty entry */
     uint32_t level;
+    uint64_t unused[2];
 };
 enum { PWC_LEVELS = 3, PWC_WAYS = 16 };
 struct pwc_entry { uint64_t region; struct pgt_table *table; uint64_t used; uint32_t did, unused; };
@@ -24,6 +25,7 @@ struct iotlb_stats { uint64_t hits, misses, walk_reads, pwc_hits, evictions; };
 struct iotlb {
     struct lock lock;
     struct iotlb_entry *e;
+    uint64_t *tag;               /* of each entry, 0: empty; apart, so that a look-up reads one line for a whole set */
     struct pwc_entry pwc[PWC_LEVELS][PWC_WAYS]; /* [l]: tables of level l, keyed by iova >> level_shift(l + 1) */
     uint64_t live, pwc_live, clock;
     uint32_t sets, ways;
@@ -36,8 +38,6 @@ struct xlate { uint64_t phys, left; void *host; unsigned prot; }; /* left: bytes
 
 int iotlb_init(struct iotlb *, uint32_t sets, uint32_t ways, bool caching_mode, struct fail_point *);
 void iotlb_destroy(struct iotlb *);
-/* Translate under tlb->lock, which the caller holds, as it holds the memory's read lock. false: not present. */
-bool iotlb_translate(struct iotlb *, struct pgt *, uint32_t did, uint64_t iova, const struct phys_mem *, struct xlate *);
 /* Nothing cached, and no walk under way that could change that. */
 static inline bool iotlb_empty(struct iotlb *t)
 {
