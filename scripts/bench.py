@@ -161,8 +161,10 @@ def engine(console: Console) -> None:
         runs = [_bench.dma_against_memcpy(dev, m.segments, pages, 2000) for _ in range(15)]
     dma, copy = (sorted(r[i] for r in runs) for i in range(2))
     ratios = sorted(b / a for a, b in runs)
-    console.print(f"DMA read of 128 KiB in 32 scattered pages: {dma[7]} ns, {ratios[7]:.2f} of memcpy's speed over the same "
-                  f"pages ({copy[7]} ns); medians of 15 interleaved runs, ratios {ratios[0]:.2f} to {ratios[-1]:.2f}")  # fmt: skip
+    console.print(
+        f"DMA read of 128 KiB in 32 scattered pages: {dma[7]} ns, {ratios[7]:.2f} of memcpy's speed over the same pages "
+        f"({copy[7]} ns); medians of 15 interleaved runs, ratios {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    )
 
 
 def main() -> None:
