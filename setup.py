@@ -15,6 +15,7 @@ MODULES = {
     "dmapath.backends.direct": [],
     "dmapath.backends.iommu": CORE,
     "dmapath.memory": ["ext/core/mem.c"],
+    "dmapath.swiotlb": ["ext/core/swiotlb.c", "ext/core/util.c"],
     "dmapath.request": [],
     "dmapath.bio": [],
     "dmapath.mr": [],

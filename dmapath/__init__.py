@@ -27,6 +27,7 @@ from dmapath.errors import (
 from dmapath.explain import Explanation
 from dmapath.memory import HostBuffer, PhysMemory
 from dmapath.mr import MemoryRegion
+from dmapath.swiotlb import Swiotlb
 
 
 def get_include() -> str:
@@ -66,6 +67,7 @@ __all__ = [
     "Request",
     "Segment",
     "StateError",
+    "Swiotlb",
     "TraceError",
     "get_include",
 ]

@@ -2,7 +2,7 @@
 """The C core under ext/core: private to this package, and only for the extensions that link it (setup.py)."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from dmapath.abi cimport dma_device, dma_fault, dma_iova_state, phys_mem, phys_vec
+from dmapath.abi cimport dma_device, dma_fault, dma_iova_state, phys_mem, phys_vec, swiotlb
 
 cdef extern from "util.h" nogil:
     struct fail_point:
@@ -30,12 +30,34 @@ cdef extern from "mem.h" nogil:
         uint64_t frames
         uint64_t epoch
 
+cdef extern from "swiotlb.h" nogil:
+    enum:
+        TLB_SEGMENT
+    uint64_t TLB_SIZE
+    ctypedef struct swiotlb_pool "struct swiotlb":
+        phys_mem *mem
+        char *host
+        bint force
+        uint64_t maps, unmaps, bytes_in, bytes_out
+        fail_point fail
+    struct swiotlb_want:
+        uint64_t min_align_mask, alloc_align_mask, boundary_mask
+    int swiotlb_init(swiotlb_pool *, uint64_t start, char *host, uint32_t slots, uint32_t areas, bint force)
+    void swiotlb_destroy(swiotlb_pool *)
+    int swiotlb_map(swiotlb *, const swiotlb_want *, uint64_t orig, uint64_t size, uint64_t *out)
+    void swiotlb_unmap(swiotlb *, uint64_t addr, bint copy_back)
+    void swiotlb_sync(swiotlb *, uint64_t addr, uint64_t size, bint to_pool)
+    void swiotlb_zero_around(swiotlb *, uint64_t addr, uint64_t size, uint64_t granule_mask)
+    uint64_t swiotlb_used(swiotlb_pool *)
+    uint64_t swiotlb_max_size(uint64_t min_align_mask)
+    bint swiotlb_has(const swiotlb *, uint64_t phys)
+
 cdef extern from "domain.h" nogil:
     enum:
         PROT_READ_, PROT_WRITE_, PROT_CACHE, PROT_MMIO, PROT_PRIV, FQ_SIZE
     enum:
         EV_ALLOC, EV_FREE, EV_MAP, EV_UNMAP, EV_SYNC, EV_FLUSH, EV_FLUSH_NP, EV_FLUSH_ALL, EV_CLEAN
-        EV_CACHE_INVAL, EV_BARRIER, EV_FAULT
+        EV_CACHE_INVAL, EV_BARRIER, EV_FAULT, EV_BOUNCE
     struct event:
         uint64_t kind, a, b, c
     struct event_log:

@@ -13,6 +13,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         DMA_DEV_COHERENT
         DMA_DEV_UNTRUSTED
         DMA_DEV_QUIRKS
+        DMA_DEV_BOUNCED
         DMA_RQ_SG
         DMA_MAP_CHUNK
     uint64_t DMA_MAPPING_ERROR_V
@@ -45,6 +46,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         DMA_LAYOUT_LINEAR
         DMA_LAYOUT_GAPPED
         DMA_LAYOUT_PER_RANGE
+        DMA_LAYOUT_BOUNCED
     enum dma_fault_reason:
         DMA_FAULT_NONE
         DMA_FAULT_NOT_PRESENT
@@ -75,6 +77,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         dma_addr_t dma_start
         uint64_t size
     struct phys_mem
+    struct swiotlb
     struct dma_device:
         const dma_ops *ops
         void *priv
@@ -89,6 +92,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint64_t sg_max_segment_size
         const dma_range_map *ranges
         uint32_t nr_ranges
+        swiotlb *swiotlb
     struct dma_ops:
         uint32_t abi
         uint32_t size
@@ -113,6 +117,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         int (*sync_for_device)(dma_device *, dma_addr_t, uint64_t, dma_data_direction) noexcept nogil
         uint64_t (*merge_boundary)(dma_device *) noexcept nogil
         int (*need_unmap)(dma_device *) noexcept nogil
+        int (*is_bounced)(dma_device *, dma_addr_t) noexcept nogil
     struct dma_fault:
         dma_addr_t addr
         uint64_t done

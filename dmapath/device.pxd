@@ -3,6 +3,7 @@ from dmapath.abi cimport dma_device, dma_iova_state, dma_map_iter, dma_map_state
 from dmapath.backends.base cimport Backend
 from dmapath.memory cimport PhysMemory
 from dmapath.request cimport Mappable
+from dmapath.swiotlb cimport Swiotlb
 
 
 cdef class Device:
@@ -11,6 +12,7 @@ cdef class Device:
     cdef readonly Backend backend
     cdef readonly object iommu
     cdef readonly PhysMemory memory
+    cdef readonly Swiotlb swiotlb
     cdef object config_
     cdef _limits(self)
     cdef _ranges(self, ranges)

@@ -7,6 +7,7 @@ from dmapath.backends.iommu import Iommu
 from dmapath.explain import Explanation
 from dmapath.memory import PhysMemory
 from dmapath.request import Mappable
+from dmapath.swiotlb import Swiotlb
 
 Policy = str  # "unified" or "linux"
 _Attrs = int | str | Iterable[str]
@@ -29,6 +30,7 @@ class IovaState:
 class Device:
     iommu: Any  # Iommu or None
     memory: Any  # PhysMemory or None
+    swiotlb: Any  # Swiotlb or None
     backend: Any  # its back end: IommuDomain, DirectBackend or one from elsewhere
     def __init__(
         self,
@@ -48,6 +50,7 @@ class Device:
         dma_ranges: Sequence[tuple[int, int, int]] = (),
         forcedac: bool = False,
         kernel_quirks: bool = False,
+        swiotlb: Swiotlb | None = None,
         backend: object = None,
     ) -> None: ...
     @property

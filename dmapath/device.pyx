@@ -13,14 +13,15 @@ from libc.stdlib cimport calloc, free
 
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
-    DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR,
+    DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_LAYOUT_BOUNCED, DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR,
     DMA_LAYOUT_PER_RANGE, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
     dma_data_direction, dma_iova_destroy, dma_iova_free, dma_iova_link, dma_iova_size, dma_iova_state,
-    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_policy, dma_seg, phys_addr,
+    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
 )
 from dmapath.backends.base cimport CapsuleBackend
 from dmapath.memory cimport PhysMemory
 from dmapath.request cimport Mappable
+from dmapath.swiotlb cimport Swiotlb
 from dmapath.wrapper cimport map_next, map_start, unmap
 
 from dmapath import rules
@@ -32,7 +33,7 @@ from dmapath.request import direction
 
 _POLICIES = {"unified": DMA_POLICY_UNIFIED, "linux": DMA_POLICY_LINUX}
 _LAYOUTS = {0: "none", DMA_LAYOUT_DIRECT: "direct", DMA_LAYOUT_LINEAR: "linear", DMA_LAYOUT_GAPPED: "gapped",
-            DMA_LAYOUT_PER_RANGE: "per-range"}
+            DMA_LAYOUT_PER_RANGE: "per-range", DMA_LAYOUT_BOUNCED: "bounced"}
 ATTRS = {"skip_cpu_sync": DMA_ATTR_SKIP_CPU_SYNC, "no_warn": DMA_ATTR_NO_WARN, "privileged": DMA_ATTR_PRIVILEGED,
          "mmio": DMA_ATTR_MMIO, "require_coherent": DMA_ATTR_REQUIRE_COHERENT}
 
@@ -136,6 +137,9 @@ cdef class Device:
         Bus offsets of the direct path.
     forcedac : bool
         Do not try below 4 GiB first (iommu.forcedac).
+    swiotlb : Swiotlb or None
+        The pool it bounces through: what a direct device cannot reach, and the unaligned ends of an untrusted device's
+        buffers behind an IOMMU.
     kernel_quirks : bool
         Accept what Linux accepts though it looks like a defect (a link outside its allocation).
     backend : object
@@ -145,7 +149,7 @@ cdef class Device:
     def __cinit__(self, *, iommu=None, PhysMemory memory=None, dma_mask=2**64 - 1, bus_dma_limit=0, coherent=True,
                   untrusted=False, max_segments=2**16 - 1, max_segment_size=None, seg_boundary_mask=2**64 - 1,
                   virt_boundary=0, dma_alignment=0, min_align_mask=0, dma_ranges=(), forcedac=False,
-                  kernel_quirks=False, backend=None):
+                  kernel_quirks=False, Swiotlb swiotlb=None, backend=None):
         self.config_ = dict(dma_mask=dma_mask, bus_dma_limit=bus_dma_limit, coherent=coherent, untrusted=untrusted,
                             max_segments=max_segments, max_segment_size=max_segment_size,
                             seg_boundary_mask=seg_boundary_mask, virt_boundary=virt_boundary,
@@ -153,7 +157,9 @@ cdef class Device:
                             forcedac=forcedac, kernel_quirks=kernel_quirks)
         if iommu is not None and not isinstance(iommu, Iommu):
             raise AddressTypeError("an Iommu or None is wanted", argument="iommu", value=iommu)
-        self.iommu, self.memory = iommu, memory
+        self.iommu, self.memory, self.swiotlb = iommu, memory, swiotlb
+        if swiotlb is not None:
+            self.c.swiotlb = <swiotlb_t *>&swiotlb.pool
         self._limits()
         self._ranges(dma_ranges)
         if backend is not None:
@@ -254,8 +260,9 @@ cdef class Device:
         return self.config_["min_align_mask"]
 
     def fresh(self, **changes):
-        """A device of the same kind on a fresh Iommu of the same kind: nothing mapped, nothing cached."""
+        """A device of the same kind on a fresh Iommu and pool of the same kind: nothing mapped, nothing cached."""
         return Device(**{"iommu": None if self.iommu is None else self.iommu.copy(), "memory": self.memory,
+                         "swiotlb": None if self.swiotlb is None else self.swiotlb.fresh(),
                          **self.config_, **changes})
 
     @property
@@ -513,6 +520,7 @@ cdef class Mapping:
         if self.ended or not self.live:
             return None
         rc = map_next(&self.device.c, &self.st, &self.it, &s)
+        self.layout_ = self.st.layout
         if rc > 0:
             out = new_segment(&s)
             self.segments_.append(out)
@@ -560,7 +568,7 @@ cdef class Mapping:
     @property
     def case(self):
         """Which of the six cases of docs/concepts.md this is."""
-        return rules.case_of(self.layout, self.st.rules)
+        return rules.case_of(self.layout, self.st.rules, len(self.read_all()))
 
     @property
     def rules(self):

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dmapath.errors import DmaError, NotSupportedError
+from dmapath.request import iterate
 from dmapath.rules import CASES, RULES, bounce_parts
 
 if TYPE_CHECKING:
     from dmapath.device import Device
     from dmapath.request import Mappable
 
-__all__ = ["Explanation", "exposed_bytes"]
+__all__ = ["Explanation"]
 
 
 @dataclass
@@ -65,15 +66,15 @@ class Explanation:
             "direct": f"Physical addresses as they are, in {pieces}; no IOMMU is in the path.",
             "linear": f"One IOVA range that reads as {pieces}.",
             "gapped": f"One IOVA range with gaps: {pieces}, one allocation, one flush, nothing kept per range.",
+            "bounced": f"Bounce buffers: {pieces}, copied in now and back at unmap.",
             "per-range": f"Many IOVA ranges: {pieces}, each mapped, flushed and remembered by itself.",
         }[self.layout or "none"]
         number, name = CASES[self.case or "empty"]
         return f"{words} Case {number}: {name}." if number else words
 
 
-def exposed_bytes(maps: list[tuple[int, int, int]], vecs: list[tuple[int, int]]) -> int:
-    """Bytes of physical memory that maps (iova, phys, bytes) let a device see beyond the bytes of vecs."""
-    return _covered([(p, n) for _, p, n in maps]) - _covered(vecs)
+def _part(phys: int, size: int, granule: int, layout: str | None) -> str:
+    return "whole" if layout == "bounced" else "head" if phys % granule else "tail"
 
 
 def _covered(runs: list[tuple[int, int]]) -> int:
@@ -104,6 +105,9 @@ def explain(device: Device, request: Mappable, policy: str) -> Explanation:
     out.case, out.layout = mapping.case, mapping.layout
     out.segments = [(int(s.addr), s.length) for s in mapping.segments]
     names = mapping.rules
+    if out.layout == "bounced":
+        out.bounced = [("whole", int(p), n) for (p, n), (a, _) in zip(iterate(request, trial), out.segments, strict=True)
+                       if a in trial.swiotlb]  # fmt: skip
     mapping.unmap()
     out.unmap_state_bytes = mapping.unmap_state_bytes
     if recorded:
@@ -111,7 +115,14 @@ def explain(device: Device, request: Mappable, policy: str) -> Explanation:
         allocs = [(a, b) for kind, a, b, _ in events if kind == "alloc"]
         out.iova_allocs, out.iova_bytes = len(allocs), sum(n for _, n in allocs)
         out.maps = [(a, b, c) for kind, a, b, c in events if kind == "map"]
-        out.exposed_bytes = exposed_bytes(out.maps, [(int(p), n) for p, n in request.wanted])
+        granule = trial.merge_boundary + 1
+        out.bounced = [(_part(a, b, granule, out.layout), a, b) for kind, a, b, _ in events if kind == "bounce"]
+        if out.bounced and out.layout != "bounced":
+            names.append("bounced-ends")
+        # what lies in the pool is zero around the data
+        seen = [m for m in out.maps if trial.swiotlb is None or m[1] not in trial.swiotlb]
+        asked = [(int(p), n) for p, n in request.wanted]
+        out.exposed_bytes = _covered([(p, n) for _, p, n in seen] + asked) - _covered(asked)
     else:
         out.exposed_bytes = None
     counters = trial.counters()
@@ -125,7 +136,7 @@ def explain(device: Device, request: Mappable, policy: str) -> Explanation:
 def _after(device: Device, out: Explanation, *, two_step: bool) -> list[str]:
     if out.layout == "none":
         return []
-    if out.layout == "direct":
+    if out.exposed_bytes is None:
         return ["see-all"]
     flush = "flush-now" if two_step else "flush-queue" if device.backend.mode == "lazy" else "flush-strict"
     return [flush, *(["exposure"] if out.exposed_bytes else [])]
@@ -136,7 +147,8 @@ def _bounces(device: Device, request: Mappable, out: Explanation) -> None:
     if device.untrusted and granule > 1:
         for phys, n in request.vecs:
             out.bounced += bounce_parts(int(phys), n, granule)
-    for name in ("bounce-needed", "no-pool") if out.bounced else ():
+    pool = "no-pool" if device.swiotlb is None else "pool-full"
+    for name in ("bounce-needed", pool) if out.bounced else ():
         out.rules.append((name, RULES[name].source, _because(name, device, request, out)))
 
 

@@ -15,3 +15,5 @@ cdef class PhysMemory:
     cdef uint64_t next_synthetic
     cdef object __weakref__
     cdef _place(self, uint64_t base, seed)
+    cdef int add_frame(self, uint64_t phys, void *host) noexcept
+    cdef void remove_frames(self, list frames)

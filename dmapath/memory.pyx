@@ -100,6 +100,18 @@ cdef class PhysMemory:
                 if phys_mem_add(self.mem, frame + sub, self.arena + i * unit + sub):
                     raise MemoryError("no memory for a physical memory map")
 
+    cdef int add_frame(self, uint64_t phys, void *host) noexcept:
+        return phys_mem_add(self.mem, phys, host)
+
+    cdef void remove_frames(self, list frames):
+        cdef size_t i, n = len(frames)
+        cdef uint64_t *plain = <uint64_t *>calloc(n + 1, sizeof(uint64_t))
+        for i in range(n):
+            plain[i] = frames[i]
+        with nogil:
+            phys_mem_remove(self.mem, plain, n)
+        free(plain)
+
     def __dealloc__(self):
         if self.arena != NULL:
             munmap(self.arena, self.size)
@@ -252,17 +264,9 @@ cdef class HostBuffer:
 
     def close(self):
         """Take the pages out of the memory and let go of the buffer. A device that still has them mapped faults."""
-        cdef uint64_t *list_
-        cdef size_t i, n
         if not self.held:
             return
-        n = len(self.frames_)
-        list_ = <uint64_t *>calloc(n + 1, sizeof(uint64_t))
-        for i in range(n):
-            list_[i] = self.frames_[i]
-        with nogil:
-            phys_mem_remove(self.memory.mem, list_, n)
-        free(list_)
+        self.memory.remove_frames(self.frames_)
         self.held = False
         PyBuffer_Release(&self.view)
 

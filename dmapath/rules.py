@@ -56,9 +56,13 @@ RULES: dict[str, Rule] = {
     "link-failed": Rule("dma_iova_link", "a range could not be linked; what was linked is undone, nothing is retried"),
     "map-failed": Rule("dma_map_phys", "a range could not be mapped; what was mapped is undone"),
     "forget": Rule("dma_need_unmap", "direct and coherent: no address has to be kept for unmap"),
+    "bounced": Rule("swiotlb_map", "the device cannot use the buffer where it is, so it bounces: copied in now, and back"),
+    "bounced-ends": Rule("iommu_dma_iova_link_swiotlb",
+                         "an untrusted device must not see the rest of a granule: unaligned ends bounce, the rest is linked"),
     "bounce-needed": Rule("dev_use_swiotlb, iova_unaligned",
                           "an untrusted device must not see the rest of a granule, so these bytes would have to bounce"),
     "no-pool": Rule("swiotlb_map (no pool)", "there is no swiotlb pool to bounce through"),
+    "pool-full": Rule("swiotlb_tbl_map_single", "the swiotlb pool has no room for it, or no mapping may be so large"),
     "not-capable": Rule("dma_capable", "the device cannot reach the address"),
     "min-align": Rule("iommu_dma_map_phys", "min_align_mask is wider than the granule"),
     "flush-now": Rule("dma_iova_unlink", "unlink flushes its range from the IOTLB at once, in lazy mode too"),
@@ -77,8 +81,10 @@ def names_of(bits: int) -> list[str]:
     return [name for bit, name in sorted(_NAMES.items()) if bits & bit]
 
 
-def case_of(layout: str, bits: int) -> str:
-    """The case name for a layout and the rules that led to it."""
+def case_of(layout: str, bits: int, segments: int) -> str:
+    """The case name for a layout, the rules that led to it and the segments that came of it."""
+    if layout == "bounced":
+        return "swiotlb-single" if segments == 1 else "swiotlb-multi"
     if layout in ("none", "direct"):
         return "empty" if layout == "none" else "direct"
     if layout == "linear":
@@ -119,14 +125,14 @@ def refusal(device: Device, request: Mappable, errno: int, bits: int) -> DmaErro
             return kind(f"{rule.text} [{rule.source}]", errno=errno, argument="request", value=request)
     bounce = _first_bounce(device, request)
     if bounce is not None and errno in (_errno.ENOMEM, _errno.EPERM, _errno.EIO):
-        return error_for(errno, _bounce_text(errno), "request", request)
+        return error_for(errno, _bounce_text(device, errno), "request", request)
     if bits & RULE_BITS["link-failed"]:
         return error_for(errno, f"{RULES['link-failed'].text} [dma_iova_link]", "request", request)
     return error_for(errno, map_refusal(device, errno, 0, 0, 0), "request", request)
 
 
-def _bounce_text(errno: int) -> str:
-    need, pool = RULES["bounce-needed"], RULES["no-pool"]
+def _bounce_text(device: Device, errno: int) -> str:
+    need, pool = RULES["bounce-needed"], RULES["no-pool" if device.swiotlb is None else "pool-full"]
     if errno == _errno.EPERM:
         return f"{need.text}, and memory with these attributes must not bounce [{need.source}]"
     return f"{need.text}, and {pool.text} [{need.source}; {pool.source}]"
@@ -138,10 +144,11 @@ def map_refusal(device: Device, errno: int, phys: int, size: int, attrs: int) ->
         return "memory that must be coherent, on a device that is not [dma_map_phys, REQUIRE_COHERENT]"
     granule = device.merge_boundary + 1
     if granule == 1:
+        pool = RULES["no-pool" if device.swiotlb is None else "pool-full"]
         return (f"{RULES['not-capable'].text} (mask {device.dma_mask:#x}, bus limit {device.bus_dma_limit:#x}), and "
-                f"{RULES['no-pool'].text} [{RULES['not-capable'].source}]")
+                f"{pool.text} [{RULES['not-capable'].source}; {pool.source}]")
     if device.untrusted and (phys | size) % granule:
-        return _bounce_text(errno)
+        return _bounce_text(device, errno)
     if device.min_align_mask > granule - 1:
         return f"{RULES['min-align'].text} [{RULES['min-align'].source}]"
     if errno == _errno.ENOMEM:
@@ -162,8 +169,8 @@ def link_refusal(device: Device, errno: int, *, phys: int, offset: int, size: in
         return error_for(errno, f"offset + size within the state's {state_size} bytes", "size", size)
     if errno in (_errno.EADDRINUSE, _errno.EEXIST):
         return error_for(errno, "this part of the state is linked already [iommu_map]", "offset", offset)
-    if device.untrusted and (phys | size) % granule:
-        return error_for(errno, _bounce_text(errno), "phys", phys)
+    if device.untrusted and (phys | size) % granule and errno in (_errno.ENOMEM, _errno.EPERM):
+        return error_for(errno, _bounce_text(device, errno), "phys", phys)
     if errno in (_errno.ENXIO, _errno.EINVAL) and size:
         return AlignmentError("IOVA and physical address do not fall on granules together: the range before ended "
                               f"inside one, or the state begins {inside} bytes off [iommu_map]", errno=errno,

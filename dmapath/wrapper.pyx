@@ -12,7 +12,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_DEV_COHERENT, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR, DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE,
+    DMA_DEV_COHERENT, DMA_LAYOUT_BOUNCED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR, DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE,
     DMA_MAP_CHUNK, DMA_POLICY_LINUX, DMA_RQ_SG, DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr,
     dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter, dma_map_state, dma_policy,
     dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t, phys_vec,
@@ -36,12 +36,14 @@ cdef enum:
     R_LINK_FAILED = 1 << 13
     R_MAP_FAILED = 1 << 14
     R_FORGET = 1 << 15
+    R_BOUNCED = 1 << 16
 
 RULE_BITS = {
     "empty": R_EMPTY, "no-iova": R_NO_IOVA, "no-gap": R_NO_GAP, "gap": R_GAP, "iova-full": R_IOVA_FULL,
     "fits": R_FITS, "gapped": R_GAPPED, "non-coherent": R_NONCOHERENT, "umem-sg": R_UMEM_SG,
     "alignment": R_ALIGNMENT, "virt-boundary": R_VIRT_BOUNDARY, "max-segments": R_MAX_SEGMENTS,
     "segment-cut": R_SEGMENT_CUT, "link-failed": R_LINK_FAILED, "map-failed": R_MAP_FAILED, "forget": R_FORGET,
+    "bounced": R_BOUNCED,
 }
 
 
@@ -192,9 +194,15 @@ cdef int map_in_one(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint g
 cdef int prepare_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, uint32_t most) noexcept nogil:
     st.layout = DMA_LAYOUT_PER_RANGE if it.granule_mask else DMA_LAYOUT_DIRECT
     st.iova.size = 0
+    it.left = most
     if not dev.ops.need_unmap(dev):
         st.rules |= R_FORGET
         return 0
+    return keep_addresses(st, most)
+
+
+cdef int keep_addresses(dma_map_state *st, uint64_t most) noexcept nogil:
+    st.rules &= ~<uint64_t>R_FORGET
     st.saved = <dma_seg *>take(<size_t>most * sizeof(dma_seg))
     if st.saved == NULL:
         give_up(st, R_MAP_FAILED)
@@ -371,6 +379,14 @@ cdef int next_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg
         st.rules |= R_MAP_FAILED
         return rc
     seg.len = v.len
+    it.left -= 1
+    if dev.swiotlb != NULL and dev.ops.is_bounced(dev, seg.addr):
+        st.rules |= R_BOUNCED
+        st.layout = DMA_LAYOUT_BOUNCED
+        # a direct device's first bounce: from here on its addresses are needed
+        if st.saved == NULL and keep_addresses(st, it.left + 1):
+            dev.ops.unmap_phys(dev, seg.addr, seg.len, <dma_data_direction>st.dir, st.attrs)
+            return -ENOMEM
     if st.saved != NULL:
         st.saved[st.nr_saved] = seg[0]
         st.nr_saved += 1

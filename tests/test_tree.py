@@ -21,6 +21,7 @@ SRC = Path(os.environ.get("DMAPATH_SRC", HERE.parent))
 LAYERS = [
     ["_version", "errors", "addr", "abi", "_core", "costs"],
     ["request", "memory", "backends.base"],
+    ["swiotlb"],
     ["backends.direct", "backends.iommu", "bio", "mr", "wrapper"],
     ["rules"],
     ["device"],

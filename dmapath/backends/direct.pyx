@@ -1,15 +1,18 @@
 # cython: language_level=3
 """No IOMMU: a DMA address is a physical address, moved by a bus offset where the platform has one.
 
-Mirrors kernel/dma/direct.c of Linux 7.3 without a swiotlb pool: what would have to bounce is refused.
+Mirrors kernel/dma/direct.c of Linux 7.3: what the device cannot reach bounces, if it has a pool.
 """
-from libc.errno cimport EINVAL, ENOMEM, EOPNOTSUPP
+from libc.errno cimport EINVAL, EIO, ENOMEM, EOPNOTSUPP
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 
-from dmapath._core cimport phys_mem_copy, phys_mem_read_lock, phys_mem_read_unlock
+from dmapath._core cimport (
+    phys_mem_copy, phys_mem_read_lock, phys_mem_read_unlock, swiotlb_has, swiotlb_map, swiotlb_pool, swiotlb_sync,
+    swiotlb_unmap, swiotlb_want,
+)
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT, DMA_FAULT_BUS,
-    DMA_NONE, DMAPATH_ABI, dma_addr, dma_addr_t, dma_bus_ops,
+    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_BOUNCED, DMA_DEV_COHERENT, DMA_FAULT_BUS,
+    DMA_FROM_DEVICE, DMA_NONE, DMA_TO_DEVICE, DMAPATH_ABI, dma_addr, dma_addr_t, dma_bus_ops,
     dma_data_direction, dma_device, dma_fault, dma_ops, dma_ops_init, dma_seg, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
@@ -25,6 +28,14 @@ cdef extern from *:
     struct direct_counts:
         uint64_t maps, unmaps, sg_maps, sg_unmaps, clean, inval, barriers, faults
     void add(uint64_t, uint64_t) noexcept nogil
+
+
+cdef extern from *:
+    """
+    /* the first bounce ends the device's licence to forget its addresses, for good */
+    #define mark_bounced(dev) ((void)__atomic_fetch_or(&(dev)->flags, DMA_DEV_BOUNCED, __ATOMIC_RELAXED))
+    """
+    void mark_bounced(dma_device *) noexcept nogil
 
 
 cdef inline direct_counts *counts_of(dma_device *dev) noexcept nogil:
@@ -52,8 +63,37 @@ cdef bint capable(dma_device *dev, uint64_t addr, uint64_t size) noexcept nogil:
     return last <= limit
 
 
+# dma_to_phys
+cdef uint64_t dma_to_phys(dma_device *dev, uint64_t addr) noexcept nogil:
+    cdef uint32_t i
+    for i in range(dev.nr_ranges):
+        if addr - dev.ranges[i].dma_start.v < dev.ranges[i].size:
+            return addr - dev.ranges[i].dma_start.v + dev.ranges[i].cpu_start.v
+    return addr
+
+
 cdef inline bint cpu_sync(dma_device *dev, unsigned long attrs) noexcept nogil:
     return not (dev.flags & DMA_DEV_COHERENT) and not (attrs & (DMA_ATTR_SKIP_CPU_SYNC | DMA_ATTR_MMIO))
+
+
+# swiotlb_map
+cdef int bounce(dma_device *dev, uint64_t phys, uint64_t size, dma_addr_t *out) noexcept nogil:
+    cdef swiotlb_want want
+    cdef uint64_t at, addr
+    if dev.swiotlb == NULL:
+        return -ENOMEM
+    want.min_align_mask = dev.min_align_mask
+    want.alloc_align_mask = 0
+    want.boundary_mask = dev.limits.seg_boundary_mask
+    if swiotlb_map(dev.swiotlb, &want, phys, size, &at):
+        return -ENOMEM
+    addr = phys_to_dma(dev, at)
+    if not capable(dev, addr, size):
+        swiotlb_unmap(dev.swiotlb, at, False)
+        return -ENOMEM
+    mark_bounced(dev)
+    out[0] = dma_addr(addr)
+    return 0
 
 
 cdef int direct_map_one(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_direction dir,
@@ -65,12 +105,16 @@ cdef int direct_map_one(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
     if attrs & DMA_ATTR_REQUIRE_COHERENT and not dev.flags & DMA_DEV_COHERENT:
         return -EOPNOTSUPP
     addr = phys.v if attrs & DMA_ATTR_MMIO else phys_to_dma(dev, phys.v)
-    if not capable(dev, addr, size):
-        return -ENOMEM
+    if not capable(dev, addr, size) or (dev.swiotlb != NULL and (<swiotlb_pool *>dev.swiotlb).force):
+        if attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT):
+            return -ENOMEM
+        if bounce(dev, phys.v, size, out):
+            return -ENOMEM
+    else:
+        out[0] = dma_addr(addr)
     if cpu_sync(dev, attrs):
         add(counts_of(dev).clean, size)
         add(counts_of(dev).barriers, 1)
-    out[0] = dma_addr(addr)
     return 0
 
 
@@ -82,15 +126,21 @@ cdef int direct_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_d
     return rc
 
 
-cdef inline void direct_unmap_one(dma_device *dev, uint64_t size, unsigned long attrs) noexcept nogil:
+cdef inline void direct_unmap_one(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir,
+                                  unsigned long attrs) noexcept nogil:
+    cdef uint64_t phys
     if cpu_sync(dev, attrs):
         add(counts_of(dev).inval, size)
         add(counts_of(dev).barriers, 1)
+    if dev.swiotlb != NULL and not attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT):
+        phys = dma_to_phys(dev, addr.v)
+        if swiotlb_has(dev.swiotlb, phys):
+            swiotlb_unmap(dev.swiotlb, phys, dir != DMA_TO_DEVICE and not attrs & DMA_ATTR_SKIP_CPU_SYNC)
 
 
 cdef int direct_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir,
                            unsigned long attrs) noexcept nogil:
-    direct_unmap_one(dev, size, attrs)
+    direct_unmap_one(dev, addr, size, dir, attrs)
     add(counts_of(dev).unmaps, 1)
     return 0
 
@@ -102,7 +152,9 @@ cdef int direct_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_
     for i in range(n):
         rc = direct_map_one(dev, v[i].paddr, v[i].len, dir, attrs, &out[i].addr)
         if rc:
-            return rc  # nothing to undo: a direct mapping keeps nothing
+            for i in range(i):
+                direct_unmap_one(dev, out[i].addr, out[i].len, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC)
+            return -EIO
         out[i].len = v[i].len
     add(counts_of(dev).sg_maps, 1)
     return <int>n
@@ -112,7 +164,7 @@ cdef int direct_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data
                          unsigned long attrs) noexcept nogil:
     cdef uint32_t i
     for i in range(n):
-        direct_unmap_one(dev, s[i].len, attrs)
+        direct_unmap_one(dev, s[i].addr, s[i].len, dir, attrs)
     add(counts_of(dev).sg_unmaps, 1)
     return 0
 
@@ -122,11 +174,15 @@ cdef int direct_sync_for_cpu(dma_device *dev, dma_addr_t addr, uint64_t size,
     if not dev.flags & DMA_DEV_COHERENT:
         add(counts_of(dev).inval, size)
         add(counts_of(dev).barriers, 1)
+    if dir != DMA_TO_DEVICE and direct_is_bounced(dev, addr):
+        swiotlb_sync(dev.swiotlb, dma_to_phys(dev, addr.v), size, False)
     return 0
 
 
 cdef int direct_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size,
                                 dma_data_direction dir) noexcept nogil:
+    if dir != DMA_FROM_DEVICE and direct_is_bounced(dev, addr):
+        swiotlb_sync(dev.swiotlb, dma_to_phys(dev, addr.v), size, True)
     if not dev.flags & DMA_DEV_COHERENT:
         add(counts_of(dev).clean, size)
         add(counts_of(dev).barriers, 1)
@@ -135,17 +191,16 @@ cdef int direct_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size,
 
 # dma_need_unmap: a coherent direct device that never bounced may forget its addresses
 cdef int direct_need_unmap(dma_device *dev) noexcept nogil:
-    return 0 if dev.flags & DMA_DEV_COHERENT else 1
+    return 0 if dev.flags & DMA_DEV_COHERENT and not dev.flags & DMA_DEV_BOUNCED else 1
+
+
+cdef int direct_is_bounced(dma_device *dev, dma_addr_t addr) noexcept nogil:
+    return swiotlb_has(dev.swiotlb, dma_to_phys(dev, addr.v))
 
 
 cdef int direct_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int write,
                        dma_fault *fault) noexcept nogil:
-    cdef uint64_t phys = addr.v, done
-    cdef uint32_t i
-    for i in range(dev.nr_ranges):
-        if addr.v - dev.ranges[i].dma_start.v < dev.ranges[i].size:
-            phys = addr.v - dev.ranges[i].dma_start.v + dev.ranges[i].cpu_start.v
-            break
+    cdef uint64_t phys = dma_to_phys(dev, addr.v), done
     phys_mem_read_lock(dev.mem)
     done = phys_mem_copy(dev.mem, phys, buf, n, write != 0)
     phys_mem_read_unlock(dev.mem)
@@ -175,7 +230,8 @@ cdef class DirectBackend(Backend):
                        unmap_phys=direct_unmap_phys, iova_try_alloc=NULL, iova_link=NULL, iova_link_vec=NULL,
                        iova_link_gapped=NULL, iova_sync=NULL, iova_unlink=NULL, iova_free=NULL,
                        map_sg=direct_map_sg, unmap_sg=direct_unmap_sg, sync_for_cpu=direct_sync_for_cpu,
-                       sync_for_device=direct_sync_for_device, merge_boundary=NULL, need_unmap=direct_need_unmap)
+                       sync_for_device=direct_sync_for_device, merge_boundary=NULL, need_unmap=direct_need_unmap,
+                       is_bounced=direct_is_bounced)
         dma_ops_init(&self.ops, &mine)
 
     cdef int attach(self, dma_device *dev) except -1:

@@ -12,20 +12,20 @@ from libc.string cimport memset
 from dmapath._core cimport (
     C_BARRIERS, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL, C_INVAL_RANGE, C_IOVA_ALLOC_BYTES,
     C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR, C_PTE_SET, C_SG_MAPS, C_SG_UNMAPS,
-    C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS, PROT_CACHE,
-    PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, core_alloc, counter_read, dom_alloc_iova,
-    dom_attach, dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule,
-    dom_iova_to_phys, dom_link_gapped, dom_link_page, dom_link_vec, dom_map, dom_off, dom_queued, dom_record, dom_sync_map,
-    dom_unmap,
-    dom_unmap_free, dom_up, fail_point, iommu_domain, iommu_domain_config, iommu_domain_create, iommu_domain_free,
-    iommu_unit, iommu_unit_advance, iommu_unit_destroy, iommu_unit_init, iova_alloc_fast, iova_cached_ranges,
-    iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup, pgt_walk,
+    C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_BOUNCE, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS,
+    PROT_CACHE, PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, core_alloc, counter_read,
+    dom_alloc_iova, dom_attach, dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova,
+    dom_granule, dom_iova_to_phys, dom_link_gapped, dom_link_page, dom_link_vec, dom_map, dom_off, dom_queued,
+    dom_record, dom_sync_map, dom_unmap, dom_unmap_free, dom_up, fail_point, iommu_domain, iommu_domain_config,
+    iommu_domain_create, iommu_domain_free, iommu_unit, iommu_unit_advance, iommu_unit_destroy, iommu_unit_init,
+    iova_alloc_fast, iova_cached_ranges, iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup,
+    pgt_walk, swiotlb_has, swiotlb_map, swiotlb_sync, swiotlb_unmap, swiotlb_want, swiotlb_zero_around,
 )
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT,
-    DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_IOVA_USE_SWIOTLB, DMA_NONE, DMAPATH_ABI, dma_addr, dma_addr_t, dma_bus_ops,
-    dma_data_direction, dma_device, dma_fault, dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, dma_seg,
-    phys_addr_t, phys_vec,
+    DMAPATH_ABI, DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
+    DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_FROM_DEVICE, DMA_IOVA_USE_SWIOTLB, DMA_NONE,
+    DMA_TO_DEVICE, dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_iova_size,
+    dma_iova_state, dma_ops, dma_ops_init, dma_seg, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 
@@ -34,15 +34,18 @@ from dmapath.backends.base import COUNTERS
 from dmapath.errors import DmaValueError, error_for
 
 _EVENTS = ("alloc", "free", "map", "unmap", "sync", "flush", "flush_np", "flush_all", "cache_clean", "cache_inval",
-           "barrier", "fault")
+           "barrier", "fault", "bounce")
 _MODES = ("strict", "lazy", "passthrough")
 
 
 cdef extern from *:
     """
     #define unlikely(x) __builtin_expect(!!(x), 0)
+    /* the first bounce ends the device's licence to forget its addresses, for good */
+    #define mark_bounced(dev) ((void)__atomic_fetch_or(&(dev)->flags, DMA_DEV_BOUNCED, __ATOMIC_RELAXED))
     """
     bint unlikely(bint) noexcept nogil
+    void mark_bounced(dma_device *) noexcept nogil
 
 
 cdef inline iommu_domain *domain_of(dma_device *dev) noexcept nogil:
@@ -98,7 +101,115 @@ cdef int iommu_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, 
     return 1
 
 
-# what dma_iova_link refuses before it maps anything, for devices that are more than coherent and trusted
+# ---- bouncing (iommu_dma_map_swiotlb) --------------------------------------------------------------------------------
+
+# a buffer of whole granules in the pool; an untrusted device sees zeros around the data
+cdef int bounce(dma_device *dev, uint64_t phys, uint64_t size, uint64_t *out) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef swiotlb_want want
+    if dev.swiotlb == NULL:
+        return -ENOMEM
+    want.min_align_mask = dev.min_align_mask
+    want.alloc_align_mask = (dom_granule(d) - 1)
+    want.boundary_mask = dev.limits.seg_boundary_mask
+    if swiotlb_map(dev.swiotlb, &want, phys, size, out):
+        return -ENOMEM
+    if dev.flags & DMA_DEV_UNTRUSTED:
+        swiotlb_zero_around(dev.swiotlb, out[0], size, (dom_granule(d) - 1))
+    mark_bounced(dev)
+    note(d, EV_BOUNCE, phys, size, out[0])
+    return 0
+
+
+cdef inline void unbounce(dma_device *dev, uint64_t phys, dma_data_direction dir, unsigned long attrs) noexcept nogil:
+    if swiotlb_has(dev.swiotlb, phys):
+        swiotlb_unmap(dev.swiotlb, phys, dir != DMA_TO_DEVICE and not attrs & DMA_ATTR_SKIP_CPU_SYNC)
+
+
+# iommu_dma_iova_bounce_and_link: a part of one granule, `pad` bytes into it
+cdef int bounce_and_link(dma_device *dev, dma_iova_state *st, uint64_t addr, uint64_t phys, uint64_t size, uint64_t pad,
+                         unsigned prot) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t at
+    cdef pgt_walk w
+    cdef int rc = bounce(dev, phys, size, &at)
+    if rc:
+        return rc
+    memset(&w, 0, sizeof(w))
+    rc = dom_map(d, &w, addr - pad, at - pad, dom_up(d, size + pad), prot)
+    if rc:
+        swiotlb_unmap(dev.swiotlb, at, False)
+        return rc
+    st.size |= DMA_IOVA_USE_SWIOTLB
+    return 0
+
+
+# iommu_dma_iova_link_swiotlb: head and tail bounce, the middle is linked as it is; addr names the first byte
+cdef int link_bounced(dma_device *dev, dma_iova_state *st, uint64_t addr, uint64_t phys, uint64_t size,
+                      dma_data_direction dir, unsigned long attrs) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t head = dom_off(d, phys), tail = dom_off(d, phys + size), mapped = 0, part
+    cdef unsigned prot = prot_of(dev, dir, attrs)
+    cdef pgt_walk w
+    cdef int rc = 0
+    memset(&w, 0, sizeof(w))
+    if head:
+        part = dom_granule(d) - head
+        part = part if part < size else size
+        rc = bounce_and_link(dev, st, addr, phys, part, head, prot)
+        if rc or part == size:
+            return rc
+        mapped = part
+    if size - mapped > tail:
+        part = size - mapped - tail
+        rc = dom_map(d, &w, addr + mapped, phys + mapped, part, prot)
+        if rc == 0:
+            mapped += part
+    if rc == 0 and tail:
+        rc = bounce_and_link(dev, st, addr + mapped, phys + mapped, tail, 0, prot)
+    if rc and mapped:
+        unlink_slow(dev, addr, mapped, DMA_TO_DEVICE, attrs)
+        dom_unmap(d, addr - head, dom_up(d, mapped + head))
+    return rc
+
+
+cdef uint64_t span_of(iommu_domain *d, const phys_vec *v, uint32_t n, bint gapped) noexcept nogil:
+    cdef uint64_t total = 0, one
+    cdef uint32_t i
+    for i in range(n):
+        one = dom_up(d, v[i].len + dom_off(d, v[i].paddr.v)) if gapped else v[i].len
+        if one > (1ULL << 62) - total:
+            return UINT64_MAX
+        total += one
+    return total
+
+
+# the same for each of n ranges; all or nothing
+cdef int link_bounced_vec(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
+                          dma_data_direction dir, unsigned long attrs, bint gapped) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t at = st.addr.v + offset, off, first
+    cdef uint32_t i
+    cdef int rc = 0
+    for i in range(n):
+        off = dom_off(d, v[i].paddr.v)
+        if off and not gapped and at != st.addr.v:
+            rc = -EIO
+        else:
+            rc = link_bounced(dev, st, at + off if gapped else at, v[i].paddr.v, v[i].len, dir, attrs)
+        if rc:
+            break
+        at += dom_up(d, v[i].len + off) if gapped else v[i].len
+    if rc == 0:
+        count(d.counters, C_LINKS, n)
+    elif at != st.addr.v + offset:
+        first = st.addr.v + offset - dom_off(d, st.addr.v + offset)
+        unlink_slow(dev, st.addr.v + offset, at - st.addr.v - offset, DMA_TO_DEVICE, attrs)
+        dom_unmap(d, first, dom_up(d, at - first))
+    return rc
+
+
+# what dma_iova_link refuses before it maps anything, for devices that are more than coherent and trusted; 1: bounce
 cdef int link_refused(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n,
                       unsigned long attrs) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
@@ -108,8 +219,7 @@ cdef int link_refused(dma_device *dev, dma_iova_state *st, const phys_vec *v, ui
     if dev.flags & DMA_DEV_UNTRUSTED:
         for i in range(n):
             if dom_off(d, v[i].paddr.v | v[i].len):
-                # would have to bounce: never with these attributes, and there is no pool (swiotlb_map)
-                return -EPERM if attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT) else -ENOMEM
+                return -EPERM if attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT) else 1
     return 0
 
 
@@ -127,18 +237,22 @@ cdef inline int link_ranges(dma_device *dev, dma_iova_state *st, const phys_vec 
                             dma_data_direction dir, unsigned long attrs, bint gapped) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
     cdef uint64_t size = dma_iova_size(st), end = st.addr.v + size
-    cdef int rc
+    cdef int rc = 0
     if offset and not gapped and dom_off(d, v[0].paddr.v):
         return -EIO
     if unlikely(dev.flags != DMA_DEV_COHERENT or st.size & DMA_IOVA_USE_SWIOTLB):
         rc = link_refused(dev, st, v, n, attrs)
-        if rc:
+        if rc < 0:
             return rc
         if dev.flags & DMA_DEV_QUIRKS:
             end = UINT64_MAX
     if unlikely(offset > end - st.addr.v):
         return -ERANGE
-    if gapped:
+    if unlikely(rc):
+        if span_of(d, v, n, gapped) > end - st.addr.v - offset:
+            return -ERANGE
+        rc = link_bounced_vec(dev, st, v, n, offset, dir, attrs, gapped)
+    elif gapped:
         rc = dom_link_gapped(d, st.addr.v + offset, end, v, n, prot_of(dev, dir, attrs))
     else:
         rc = dom_link_vec(d, st.addr.v + offset, end, v, n, prot_of(dev, dir, attrs))
@@ -182,8 +296,10 @@ cdef int iommu_sync(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64
     return 0
 
 
-# iommu_dma_iova_unlink_range_slow: cache maintenance granule by granule, by the physical address behind each
-cdef void unlink_slow(dma_device *dev, uint64_t addr, uint64_t size) noexcept nogil:
+# iommu_dma_iova_unlink_range_slow: granule by granule, by the physical address behind each; slots of the pool go back
+# while the IOMMU still maps them
+cdef void unlink_slow(dma_device *dev, uint64_t addr, uint64_t size, dma_data_direction dir,
+                      unsigned long attrs) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
     cdef uint64_t end = addr + size, phys, n
     while addr < end:
@@ -192,10 +308,13 @@ cdef void unlink_slow(dma_device *dev, uint64_t addr, uint64_t size) noexcept no
             break
         n = dom_granule(d) - dom_off(d, addr)
         n = n if n < end - addr else end - addr
-        count(d.counters, C_CACHE_INVAL, n)
-        note(d, EV_CACHE_INVAL, phys, n, 0)
+        if cpu_sync(dev, attrs):
+            count(d.counters, C_CACHE_INVAL, n)
+            note(d, EV_CACHE_INVAL, phys, n, 0)
+        unbounce(dev, phys, dir, attrs)
         addr += n
-    barrier(d)
+    if cpu_sync(dev, attrs):
+        barrier(d)
 
 
 # dma_iova_unlink: always flushed at once, in lazy domains too
@@ -205,8 +324,8 @@ cdef int iommu_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint
     cdef uint64_t addr = st.addr.v + offset, off = dom_off(d, addr), span = dom_up(d, size + off), done
     if not dev.flags & DMA_DEV_QUIRKS and (size > dma_iova_size(st) or offset > dma_iova_size(st) - size):
         return -ERANGE
-    if cpu_sync(dev, attrs):
-        unlink_slow(dev, addr, size)
+    if unlikely(st.size & DMA_IOVA_USE_SWIOTLB or cpu_sync(dev, attrs)):
+        unlink_slow(dev, addr, size, dir, attrs)
     done = dom_unmap(d, addr - off, span)
     count(d.counters, C_UNLINKS, 1)
     return 0 if done == span else -ENOENT
@@ -226,7 +345,8 @@ cdef int iommu_free(dma_device *dev, dma_iova_state *st) noexcept nogil:
 cdef int iommu_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_direction dir,
                         unsigned long attrs, dma_addr_t *out) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t off = dom_off(d, phys.v), span = dom_up(d, size + off), iova
+    cdef uint64_t off = dom_off(d, phys.v), span = dom_up(d, size + off), iova, at = phys.v
+    cdef bint bounced = False
     cdef pgt_walk w
     cdef int rc
     out.v = UINT64_MAX
@@ -235,17 +355,27 @@ cdef int iommu_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
     if attrs & DMA_ATTR_REQUIRE_COHERENT and not dev.flags & DMA_DEV_COHERENT:
         return -EOPNOTSUPP
     if dev.flags & DMA_DEV_UNTRUSTED and not attrs & DMA_ATTR_MMIO and dom_off(d, phys.v | size):
-        return -EPERM if attrs & DMA_ATTR_REQUIRE_COHERENT else -ENOMEM
-    if dev.min_align_mask > dom_granule(d) - 1:
-        return -EINVAL
-    iova = dom_alloc_iova(d, dev, span)
-    if iova == 0:
-        return -ENOMEM
-    memset(&w, 0, sizeof(w))
-    rc = dom_map(d, &w, iova, phys.v - off, span, prot_of(dev, dir, attrs))
+        if attrs & DMA_ATTR_REQUIRE_COHERENT:
+            return -EPERM
+        if bounce(dev, phys.v, size, &at):  # the whole buffer, not only its head and tail
+            return -ENOMEM
+        bounced = True
+        off = dom_off(d, at)
+        span = dom_up(d, size + off)
+    iova = 0
+    rc = -EINVAL if dev.min_align_mask > dom_granule(d) - 1 else 0
+    if rc == 0:
+        iova = dom_alloc_iova(d, dev, span)
+        rc = 0 if iova else -ENOMEM
+    if rc == 0:
+        memset(&w, 0, sizeof(w))
+        if dom_map(d, &w, iova, at - off, span, prot_of(dev, dir, attrs)):
+            dom_free_iova(d, iova, span)
+            rc = -ENOMEM  # all that DMA_MAPPING_ERROR tells
     if rc:
-        dom_free_iova(d, iova, span)
-        return -ENOMEM  # all that DMA_MAPPING_ERROR tells
+        if bounced:
+            swiotlb_unmap(dev.swiotlb, at, False)
+        return rc
     if cpu_sync(dev, attrs):
         clean_for_device(d, phys.v, size)
         barrier(d)
@@ -259,7 +389,7 @@ cdef int iommu_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
 cdef int iommu_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir,
                           unsigned long attrs) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t off = dom_off(d, addr.v), span = dom_up(d, size + off), phys, done
+    cdef uint64_t off = dom_off(d, addr.v), span = dom_up(d, size + off), phys = 0, done
     if not attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT):
         phys = dom_iova_to_phys(d, addr.v)
         if phys == 0:
@@ -269,6 +399,7 @@ cdef int iommu_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_d
             note(d, EV_CACHE_INVAL, phys, size, 0)
             barrier(d)
     done = dom_unmap_free(d, addr.v - off, span)
+    unbounce(dev, phys, dir, attrs)
     count(d.counters, C_UNMAPS, 1)
     return 0 if done == span else -ENOENT
 
@@ -422,16 +553,24 @@ cdef int iommu_sync_for_cpu(dma_device *dev, dma_addr_t addr, uint64_t size,
         count(d.counters, C_CACHE_INVAL, size)
         note(d, EV_CACHE_INVAL, dom_iova_to_phys(d, addr.v), size, 0)
         barrier(d)
+    if dev.swiotlb != NULL and dir != DMA_TO_DEVICE and iommu_is_bounced(dev, addr):
+        swiotlb_sync(dev.swiotlb, dom_iova_to_phys(d, addr.v), size, False)
     return 0
 
 
 cdef int iommu_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size,
                                dma_data_direction dir) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
+    if dev.swiotlb != NULL and dir != DMA_FROM_DEVICE and iommu_is_bounced(dev, addr):
+        swiotlb_sync(dev.swiotlb, dom_iova_to_phys(d, addr.v), size, True)
     if not dev.flags & DMA_DEV_COHERENT:
         clean_for_device(d, dom_iova_to_phys(d, addr.v), size)
         barrier(d)
     return 0
+
+
+cdef int iommu_is_bounced(dma_device *dev, dma_addr_t addr) noexcept nogil:
+    return swiotlb_has(dev.swiotlb, dom_iova_to_phys(domain_of(dev), addr.v))
 
 
 cdef uint64_t iommu_merge_boundary(dma_device *dev) noexcept nogil:
@@ -449,7 +588,8 @@ iommu_ops = dma_ops(
     iova_try_alloc=iommu_try_alloc, iova_link=iommu_link, iova_link_vec=iommu_link_vec,
     iova_link_gapped=iommu_link_gapped, iova_sync=iommu_sync, iova_unlink=iommu_unlink, iova_free=iommu_free,
     map_sg=iommu_map_sg, unmap_sg=iommu_unmap_sg, sync_for_cpu=iommu_sync_for_cpu,
-    sync_for_device=iommu_sync_for_device, merge_boundary=iommu_merge_boundary, need_unmap=NULL)
+    sync_for_device=iommu_sync_for_device, merge_boundary=iommu_merge_boundary, need_unmap=NULL,
+    is_bounced=iommu_is_bounced)
 cdef dma_bus_ops iommu_bus
 iommu_bus.access = iommu_access
 
@@ -708,6 +848,7 @@ cdef class IommuDomain(Backend):
 
         map: iova, phys, bytes. unmap: iova, bytes, bytes done. flush, flush_np, flush_all: first, last, log2 of the
         pages flushed. alloc, free, sync: iova, bytes. cache_clean, cache_inval: phys, bytes. fault: iova, reason, write.
+        bounce: phys, bytes, where in the pool.
         """
         cdef uint64_t i
         return [(_EVENTS[self.dom.log.e[i].kind], self.dom.log.e[i].a, self.dom.log.e[i].b, self.dom.log.e[i].c)

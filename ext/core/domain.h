@@ -7,6 +7,7 @@
 #include "dmapath/dmapath.h"
 #include "iotlb.h"
 #include "iova.h"
+#include "swiotlb.h"
 
 enum { FQ_SIZE = 256 };          /* ring slots a CPU; one stays empty */
 #define FQ_TIMEOUT_NS 10000000ull
@@ -16,7 +17,7 @@ struct fq { struct lock lock; uint32_t head, tail; struct fq_entry e[FQ_SIZE]; }
 
 /* One thing that happened, for those who asked (explain, replay, tests). */
 enum event_kind { EV_ALLOC, EV_FREE, EV_MAP, EV_UNMAP, EV_SYNC, EV_FLUSH, EV_FLUSH_NP, EV_FLUSH_ALL, EV_CLEAN,
-                  EV_CACHE_INVAL, EV_BARRIER, EV_FAULT };
+                  EV_CACHE_INVAL, EV_BARRIER, EV_FAULT, EV_BOUNCE };
 struct event { uint64_t kind, a, b, c; };
 struct event_log { struct lock lock; bool on; struct event *e; uint64_t n, cap; };
 

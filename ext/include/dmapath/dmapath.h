@@ -69,12 +69,14 @@ enum {
     DMA_DEV_COHERENT = 1u << 0,
     DMA_DEV_UNTRUSTED = 1u << 1,
     DMA_DEV_QUIRKS = 1u << 2, /* also reproduce what looks like a defect in Linux (KERNEL marks) */
+    DMA_DEV_BOUNCED = 1u << 3, /* it has bounced once: its addresses must be kept and synced from now on */
 };
 
 struct dma_range_map { phys_addr_t cpu_start; dma_addr_t dma_start; uint64_t size; };
 struct dma_ops;
 struct dma_bus_ops;
 struct phys_mem;
+struct swiotlb;
 
 struct dma_device {
     const struct dma_ops *ops;
@@ -90,6 +92,7 @@ struct dma_device {
     const struct dma_range_map *ranges; /* bus offsets of the direct path, nr_ranges of them; none: identity */
     uint32_t nr_ranges;
     uint32_t reserved;
+    struct swiotlb *swiotlb;        /* where it bounces; NULL: nowhere */
 };
 
 /* What a backend fills in. Required: abi, size, name, map_phys, unmap_phys. The rest may be NULL: dma_ops_init() puts
@@ -126,6 +129,7 @@ struct dma_ops {
     int (*sync_for_device)(struct dma_device *, dma_addr_t, uint64_t size, enum dma_data_direction);
     uint64_t (*merge_boundary)(struct dma_device *); /* granule - 1, or 0 where ranges never join */
     int (*need_unmap)(struct dma_device *);          /* 0: the caller may forget its addresses */
+    int (*is_bounced)(struct dma_device *, dma_addr_t); /* 1: the address is that of a bounce buffer */
 };
 
 /* Why a device's access failed. */
@@ -241,6 +245,7 @@ static inline int dma_generic_map_sg(struct dma_device *d, const struct phys_vec
 static inline int dma_generic_no_cpu_sync(struct dma_device *d, dma_addr_t a, uint64_t n, enum dma_data_direction dir)
 { (void)d; (void)a; (void)n; (void)dir; return 0; }
 static inline uint64_t dma_generic_no_boundary(struct dma_device *d) { (void)d; return 0; }
+static inline int dma_generic_not_bounced(struct dma_device *d, dma_addr_t a) { (void)d; (void)a; return 0; }
 static inline int dma_generic_need_unmap(struct dma_device *d) { (void)d; return 1; }
 
 /* Check a backend's table and complete it into *dst. -EINVAL: another ABI, or a required member is missing. */
@@ -265,6 +270,7 @@ static inline int dma_ops_init(struct dma_ops *dst, const struct dma_ops *src)
     if (!dst->sync_for_device) dst->sync_for_device = dma_generic_no_cpu_sync;
     if (!dst->merge_boundary) dst->merge_boundary = dma_generic_no_boundary;
     if (!dst->need_unmap) dst->need_unmap = dma_generic_need_unmap;
+    if (!dst->is_bounced) dst->is_bounced = dma_generic_not_bounced;
     return 0;
 }
 
@@ -290,7 +296,8 @@ struct dma_request {
 enum { DMA_RQ_SG = 1u << 0 }; /* Linux maps this kind with dma_map_sgtable (umem), not with the block iterator */
 
 enum dma_policy { DMA_POLICY_UNIFIED = 0, DMA_POLICY_LINUX = 1 };
-enum dma_layout { DMA_LAYOUT_NONE, DMA_LAYOUT_DIRECT, DMA_LAYOUT_LINEAR, DMA_LAYOUT_GAPPED, DMA_LAYOUT_PER_RANGE };
+enum dma_layout { DMA_LAYOUT_NONE, DMA_LAYOUT_DIRECT, DMA_LAYOUT_LINEAR, DMA_LAYOUT_GAPPED, DMA_LAYOUT_PER_RANGE,
+                  DMA_LAYOUT_BOUNCED };
 
 /* Kept from start to unmap. */
 struct dma_map_state {

@@ -1,0 +1,13 @@
+# cython: language_level=3
+from dmapath._core cimport swiotlb_pool
+from dmapath.memory cimport PhysMemory
+
+
+cdef class Swiotlb:
+    cdef swiotlb_pool pool
+    cdef readonly PhysMemory memory
+    cdef readonly size_t slots
+    cdef readonly int areas
+    cdef readonly object base
+    cdef readonly bint force
+    cdef list frames_

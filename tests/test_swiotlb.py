@@ -1,0 +1,320 @@
+"""Bounce buffers as Linux 7.3 has them: rows 21 to 29, 42, 46 to 50, 63 and 82, and cases 4 and 5."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import live, strict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dmapath
+from dmapath import Bio, Device, DmaEngine, DmaError, MemoryRegion, PhysMemory, Swiotlb
+
+ErrnoOf = Callable[..., int]
+BASE = 1 << 32
+
+
+def machine(*, slots: int = 512, force: bool = False, areas: int = 1) -> tuple[PhysMemory, Swiotlb]:
+    memory = PhysMemory(1 << 20, base=BASE)
+    return memory, Swiotlb(memory, slots=slots, force=force, areas=areas)
+
+
+def untrusted(min_align: int = 0xFFF) -> tuple[PhysMemory, Swiotlb, Device]:
+    memory, pool = machine()
+    return memory, pool, strict(memory=memory, swiotlb=pool, untrusted=True, min_align_mask=min_align)
+
+
+@pytest.fixture
+def filled() -> tuple[PhysMemory, Swiotlb, Device]:
+    memory, pool, dev = untrusted()
+    memoryview(memory)[:] = bytes(i * 7 & 255 for i in range(len(memory)))
+    return memory, pool, dev
+
+
+def test_row_21_head_and_tail_bounce_and_the_rest_is_zero(filled: Any) -> None:
+    memory, pool, dev = filled
+    dev.backend.record(True)
+    state = dev.iova_try_alloc(BASE + 0x200, 0x2000)
+    dev.iova_link(state, BASE + 0x200, 0, 0x2000, "from_device")
+    bounces = [e for e in dev.backend.events() if e[0] == "bounce"]
+    assert [(a, b) for _, a, b, _ in bounces] == [(BASE + 0x200, 0xE00), (BASE + 0x2000, 0x200)]
+    pages = [dev.backend.iova_to_phys((int(state.addr) & ~0xFFF) + k * 0x1000) for k in range(3)]
+    assert pages[1] == BASE + 0x1000
+    assert pages[0] in pool
+    assert pages[2] in pool
+    first, last = memory.read(pages[0], 0x1000), memory.read(pages[2], 0x1000)
+    assert first == bytes(0x200) + bytes(memoryview(memory)[0x200:0x1000])
+    assert last == bytes(memoryview(memory)[0x2000:0x2200]) + bytes(0xE00)
+    assert (pool.used, state.size) == (4, 0x2000)
+    dev.iova_destroy(state, 0x2000, "from_device")
+    assert pool.used == 0
+    assert not any(live(dev).values())
+
+
+def test_row_22_what_the_device_wrote_comes_back_and_nothing_else(filled: Any) -> None:
+    memory, pool, dev = filled
+    before = bytes(memory)
+    state = dev.iova_try_alloc(BASE + 0x200, 0x2000)
+    dev.iova_link(state, BASE + 0x200, 0, 0x2000, "from_device")
+    dev.iova_sync(state, 0, 0x2000)
+    DmaEngine(dev).write([(int(state.addr) & ~0xFFF, 0x3000)], b"\x77" * 0x3000)
+    dev.iova_destroy(state, 0x2000, "from_device")
+    after = bytes(memory)
+    assert after[0x200:0x2200] == b"\x77" * 0x2000
+    assert (after[:0x200], after[0x2200:]) == (before[:0x200], before[0x2200:])
+    assert pool.used == 0
+
+
+@pytest.mark.parametrize(("format", "want"), [("x86", errno.ENXIO), ("arm", errno.EINVAL)])
+def test_row_23_an_unaligned_head_without_min_align_fails(format: str, want: int, errno_of: ErrnoOf) -> None:
+    memory, pool = machine()
+    dev = strict(memory=memory, swiotlb=pool, untrusted=True, format=format)
+    state = dev.iova_try_alloc(BASE + 0x200, 0x2000)
+    before = live(dev)
+    assert errno_of(dev.iova_link, state, BASE + 0x200, 0, 0x2000) == want
+    assert (pool.used, live(dev)) == (0, before)
+    tail = dev.iova_try_alloc(BASE, 0x1200)
+    dev.iova_link(tail, BASE, 0, 0x1200)  # unaligned tails work with any mask
+    assert pool.used == 2
+    dev.iova_destroy(tail, 0x1200)
+    dev.iova_free(state)
+
+
+def test_row_25_aligned_does_not_bounce() -> None:
+    _, pool, dev = untrusted()
+    with dev.map(Bio([(BASE, 0x2000)])) as m:
+        assert (m.layout, pool.used) == ("linear", 0)
+
+
+def test_row_27_a_full_pool_is_enomem(errno_of: ErrnoOf) -> None:
+    memory, pool = machine(slots=128)
+    dev = strict(memory=memory, swiotlb=pool, untrusted=True, min_align_mask=0xFFF)
+    held = [dev.map_phys(BASE + 0x1000 * i + 0x10, 0x20) for i in range(64)]
+    assert pool.used == 128
+    state = dev.iova_try_alloc(BASE + 0x200, 0x1000)
+    before = live(dev)
+    assert errno_of(dev.iova_link, state, BASE + 0x200, 0, 0x1000) == errno.ENOMEM
+    assert errno_of(dev.map_phys, BASE + 0x200, 0x1000) == errno.ENOMEM
+    with pytest.raises(DmaError, match="no room"):
+        dev.map(Bio([(BASE + 0x200, 0x1000)]))
+    assert live(dev) == before
+    for a in held:
+        dev.unmap_phys(a, 0x20)
+    dev.iova_free(state)
+    assert pool.used == 0
+
+
+def test_row_28_the_classic_path_bounces_the_whole_buffer() -> None:
+    memory, pool, dev = untrusted(min_align=0)
+    memory.write(BASE + 0x200, b"classic")
+    addr = dev.map_phys(BASE + 0x200, 0x400, "to_device")
+    assert int(addr) & 0xFFF == 0
+    assert DmaEngine(dev).read([(addr, 7)]) == b"classic"
+    dev.unmap_phys(addr, 0x400, "to_device")
+    assert (pool.used, pool.counters()["bytes_out"]) == (0, 0)
+
+
+def test_row_29_a_bounced_state_takes_no_coherent_range(errno_of: ErrnoOf) -> None:
+    _, pool, dev = untrusted()
+    state = dev.iova_try_alloc(BASE + 0x200, 0x2E00)
+    dev.iova_link(state, BASE + 0x200, 0, 0xE00)
+    assert pool.used == 2
+    assert errno_of(dev.iova_link, state, BASE + 0x1000, 0xE00, 0x1000, attrs="require_coherent") == errno.EOPNOTSUPP
+    dev.iova_destroy(state, 0xE00)
+
+
+def test_row_42_only_the_unaligned_entry_of_a_list_bounces() -> None:
+    _, pool, dev = untrusted()
+    segments = dev.map_sg(Bio([(BASE, 0x1000), (BASE + 0x3000, 0x1000), (BASE + 0x5010, 0x20)]))
+    assert (len(segments), dev.counters()["iova_allocs"], pool.counters()["bounces"]) == (3, 3, 1)
+    dev.unmap_sg(segments)
+    assert pool.used == 0
+
+
+def test_row_46_the_largest_mapping() -> None:
+    pool = Swiotlb()
+    assert [pool.max_mapping_size(m) for m in (0, 0x1FF, 0xFFF, 0xFFFF)] == [0x40000, 0x3F800, 0x3F000, 0x30000]
+
+
+@pytest.mark.parametrize(("size", "count"), [(0x800, 512), (0x1000, 256), (0x2800, 84), (0x21000, 4)])
+def test_row_47_filling_512_slots(size: int, count: int) -> None:
+    memory, pool = machine(slots=512, force=True)
+    dev = Device(memory=memory, swiotlb=pool)
+    got = []
+    with pytest.raises(DmaError):
+        while True:
+            got.append(dev.map_phys(BASE, size))
+    assert len(got) == count
+    for a in got:
+        dev.unmap_phys(a, size)
+    assert pool.used == 0
+    assert len([dev.map_phys(BASE, size) for _ in range(count)]) == count  # the free runs have merged again
+
+
+def test_row_48_one_byte_from_the_device() -> None:
+    memory, pool = machine(force=True)
+    dev = Device(memory=memory, swiotlb=pool)
+    memoryview(memory)[:0x1000] = b"\x11" * 0x1000
+    addr = dev.map_phys(BASE, 0x1000, "from_device")
+    assert int(addr) in pool
+    DmaEngine(dev).write([(addr + 5, 1)], b"\xff")
+    assert bytes(memoryview(memory)[:8]) == b"\x11" * 8
+    dev.unmap_phys(addr, 0x1000, "from_device")
+    assert bytes(memoryview(memory)[:8]) == b"\x11" * 5 + b"\xff" + b"\x11" * 2
+
+
+def test_row_49_skip_cpu_sync_copies_nothing_back() -> None:
+    memory, pool = machine(force=True)
+    dev = Device(memory=memory, swiotlb=pool)
+    addr = dev.map_phys(BASE, 0x100, "from_device")
+    DmaEngine(dev).write([(addr, 4)], b"lost")
+    dev.unmap_phys(addr, 0x100, "from_device", attrs="skip_cpu_sync")
+    assert (bytes(memoryview(memory)[:4]), pool.used) == (bytes(4), 0)
+
+
+def test_row_50_beyond_a_32_bit_mask(errno_of: ErrnoOf) -> None:
+    memory, pool = machine()
+    memory.write(BASE, b"high")
+    dev = Device(memory=memory, swiotlb=pool, dma_mask=2**32 - 1)
+    addr = dev.map_phys(BASE, 0x1000, "to_device")
+    assert int(addr) in pool
+    assert DmaEngine(dev).read([(addr, 4)]) == b"high"
+    dev.unmap_phys(addr, 0x1000, "to_device")
+    assert errno_of(dev.map_phys, BASE, 0x1000, attrs="require_coherent") == errno.ENOMEM
+    assert errno_of(Device(dma_mask=2**32 - 1).map_phys, BASE, 0x1000) == errno.ENOMEM
+    low = Device(swiotlb=Swiotlb(), dma_mask=2**20 - 1)
+    assert errno_of(low.map_phys, BASE, 0x1000) == errno.ENOMEM  # the pool itself is out of reach
+    assert low.swiotlb.used == 0
+
+
+def test_row_63_the_first_bounce_ends_forgetting() -> None:
+    memory, pool = machine()
+    dev = Device(memory=memory, swiotlb=pool, dma_mask=2**33 - 1)
+    assert not dev.need_unmap
+    narrow = Device(memory=memory, swiotlb=pool, dma_mask=2**32 - 1)
+    narrow.unmap_phys(narrow.map_phys(BASE, 16), 16)
+    assert narrow.need_unmap
+
+
+def test_section_6_3_placement_keeps_low_bits() -> None:
+    pool = Swiotlb(slots=512, force=True)
+    dev = Device(swiotlb=pool, min_align_mask=0xFFF)
+    assert int(dev.map_phys(0x100A00, 0x200)) == pool.base + 0xA00
+    assert pool.used == 1
+    dev = strict(swiotlb=(whole := Swiotlb(slots=512)), untrusted=True, min_align_mask=0xFFF)
+    dev.backend.record(True)
+    dev.map_phys(0x100A00, 0x200)
+    dev.map_phys(0x100A00, 0x1000)
+    assert [e[3] - whole.base for e in dev.backend.events() if e[0] == "bounce"] == [0xA00, 0x1A00]
+    assert whole.used == 2 + 4
+
+
+def test_syncs_copy_by_direction() -> None:
+    memory, pool = machine(force=True)
+    dev = Device(memory=memory, swiotlb=pool)
+    engine = DmaEngine(dev)
+    addr = dev.map_phys(BASE, 0x1000)
+    memory.write(BASE + 0x10, b"cpu")
+    assert engine.read([(addr + 0x10, 3)]) == bytes(3)
+    dev.sync_for_device(addr + 0x10, 3)
+    assert engine.read([(addr + 0x10, 3)]) == b"cpu"
+    engine.write([(addr + 0x20, 3)], b"dev")
+    assert memory.read(BASE + 0x20, 3) == bytes(3)
+    dev.sync_for_cpu(addr + 0x20, 3, "to_device")
+    assert memory.read(BASE + 0x20, 3) == bytes(3)
+    dev.sync_for_cpu(addr + 0x20, 3)
+    assert memory.read(BASE + 0x20, 3) == b"dev"
+    dev.unmap_phys(addr, 0x1000)
+
+
+@pytest.mark.parametrize("policy", ["unified", "linux"])
+@pytest.mark.parametrize(
+    ("ranges", "case", "kept"), [([(0x200, 0x1000)], "swiotlb-single", 16), ([(0, 64), (0x3100, 0x1000)], "swiotlb-multi", 32)]
+)
+def test_cases_4_and_5(policy: str, ranges: Any, case: str, kept: int) -> None:
+    memory, pool = machine(force=True)
+    dev = Device(memory=memory, swiotlb=pool)
+    memoryview(memory)[:] = bytes(i * 5 & 255 for i in range(len(memory)))
+    engine = DmaEngine(dev)
+    want = b"".join(bytes(memoryview(memory)[a : a + n]) for a, n in ranges)
+    with dev.map(Bio.from_memory(memory, ranges, "write"), policy) as m:
+        assert engine.read(m.segments) == want
+        assert (m.layout, m.case, m.unmap_state_bytes) == ("bounced", case, kept)
+    with dev.map(Bio.from_memory(memory, ranges, "read"), policy) as m:
+        engine.write(m.segments, b"\xee" * len(want))
+    assert all(bytes(memoryview(memory)[a : a + n]) == b"\xee" * n for a, n in ranges)
+    assert pool.used == 0
+    told = dev.explain(Bio.from_memory(memory, ranges, "read"), policy)
+    assert (told.case, len(told.bounced), pool.used) == (case, len(ranges), 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 15), st.integers(0, 4095), st.integers(1, 9000)), min_size=1, max_size=8),
+    policy=st.sampled_from(["unified", "linux"]),
+    nth=st.integers(0, 6),
+)
+def test_untrusted_devices_see_the_request_and_nothing_else(ranges: Any, policy: str, nth: int) -> None:
+    """Random ranges: every byte both ways, zeros around them, an untouched rest; and each failed bounce unwinds."""
+    memory, pool, dev = untrusted()
+    places = [(i * 0x4000 + off, n) for (i, off, n) in {r[0]: r for r in ranges}.values()]
+    memoryview(memory)[:] = b"\xa5" * len(memory)
+    engine = DmaEngine(dev)
+    pool.fail_nth(nth)
+    try:
+        dev.map(Bio.from_memory(memory, places, "write"), policy).unmap()
+    except DmaError:
+        assert not any(live(dev).values())
+        assert pool.used == 0
+    pool.fail_nth(0)
+    with dev.map(Bio.from_memory(memory, places, "write"), policy) as m:
+        assert engine.read(m.segments) == b"\xa5" * sum(n for _, n in places)
+        for s in m.segments:  # whole granules around each segment
+            first, last = int(s.addr) & ~0xFFF, (int(s.addr) + s.length + 0xFFF) & ~0xFFF
+            around = engine.read([(first, last - first)])
+            assert set(around[: int(s.addr) - first]) | set(around[int(s.addr) - first + s.length :]) <= {0}
+    with dev.map(Bio.from_memory(memory, places, "read"), policy) as m:
+        engine.write(m.segments, b"\x5a" * sum(n for _, n in places))
+    want = bytearray(b"\xa5" * len(memory))
+    for at, n in places:
+        want[at : at + n] = b"\x5a" * n
+    assert bytes(memory) == bytes(want)
+    assert pool.used == 0
+    assert not any(live(dev).values())
+
+
+def test_explain_names_the_ends_that_bounce() -> None:
+    _, pool, dev = untrusted()
+    told = dev.explain(Bio([(BASE + 0x200, 0x2000)]))
+    assert (told.layout, told.exposed_bytes, told.error, pool.used) == ("linear", 0, None, 0)
+    assert told.bounced == [("head", BASE + 0x200, 0xE00), ("tail", BASE + 0x2000, 0x200)]
+    assert "bounced-ends" in [r[0] for r in told.rules]
+
+
+def test_long_lived_memory_is_never_bounced(errno_of: ErrnoOf) -> None:
+    memory, pool = machine(force=True)
+    region = MemoryRegion([(BASE, 0x1000)], length=0x800)
+    for dev in (Device(memory=memory, swiotlb=pool), Device(memory=memory, swiotlb=pool, dma_mask=2**32 - 1)):
+        for policy in ("unified", "linux"):
+            with pytest.raises(DmaError):
+                dev.map(region, policy)
+    assert pool.used == 0
+
+
+def test_areas_and_bad_pools() -> None:
+    memory = PhysMemory(4096)
+    pool = Swiotlb(memory, slots=512, areas=4, force=True)
+    dev = Device(memory=memory, swiotlb=pool)
+    got = [dev.map_phys(memory.phys(0), 2048) for _ in range(512)]
+    assert len({int(a) for a in got}) == 512
+    for bad in ({"slots": 100}, {"slots": 256, "areas": 4}, {"base": 4096}, {"areas": 3}):
+        with pytest.raises(dmapath.DmaValueError):
+            Swiotlb(**bad)  # type: ignore[arg-type]
+    with pytest.raises(DmaError, match="memory there already"):
+        Swiotlb(memory, slots=128)
+    for a in got:
+        dev.unmap_phys(a, 2048)
