@@ -26,6 +26,7 @@ from dmapath.replay import Report
 from dmapath.replay import replay as replay_trace
 from dmapath.request import Mappable
 from dmapath.rules import CASES
+from dmapath.swiotlb import Swiotlb
 
 __all__ = ["main"]
 
@@ -181,6 +182,8 @@ def _plot(rows: list[dict[str, Any]], path: str) -> None:
 @click.option("--dma-mask", type=Number(), default=2**64 - 1, help="Greatest address the device can name.")
 @click.option("--bus-dma-limit", type=Number(), default=0, help="Greatest address its bus can name; 0: no limit.")
 @click.option("--untrusted", is_flag=True, help="It may see nothing but the bytes it was given.")
+@click.option("--swiotlb", type=click.Choice(["none", "pool", "force"]), default="pool", show_default=True,
+              help="Is there a bounce pool; force: everything without an IOMMU goes through it.")  # fmt: skip
 @click.option("--non-coherent", is_flag=True, help="CPU caches do not see its DMA.")
 @click.option("--min-align-mask", type=Number(), default=0, help="Address bits a bounce buffer must keep.")
 @click.option("--max-segments", type=Number(), default=2**16 - 1)
@@ -196,6 +199,8 @@ def explain(
 ) -> None:  # fmt: skip
     """Will this buffer list become one range, a gapped range, many ranges, a bounce or an error, and by which rule?"""
     options["coherent"] = not options.pop("non_coherent")
+    pool = options.pop("swiotlb")
+    options["swiotlb"] = None if pool == "none" else Swiotlb(force=pool == "force")
     device = Device(iommu=Iommu(mode) if backend == "iommu" else None, **options)
     request: Mappable
     if direction == "bidi":
@@ -221,7 +226,7 @@ def _print_explanation(console: Console, told: Explanation) -> None:
         for m in d["maps"]:
             console.print(f"  {m['iova']} <- {m['phys']} + {m['len']:#x}", highlight=False)
     if told.bounced:
-        console.print("\nwould have to bounce")
+        console.print("\nbounced" if told.error is None else "\nwould have to bounce")
         for b in d["bounced"]:
             console.print(f"  {b['part']} {b['phys']} + {b['len']:#x}", highlight=False)
     if told.error is None:

@@ -10,12 +10,14 @@ from dmapath.backends.iommu import Iommu
 from dmapath.bio import Bio
 from dmapath.device import Device
 from dmapath.request import iterate
-from dmapath.trace import Command, Io, read_ios
+from dmapath.swiotlb import Swiotlb
+from dmapath.trace import Command, Io, TraceEvent, read_ios
 
 __all__ = ["Outcome", "Report", "replay"]
 
 PAGE = 4096
 KIB = 1024
+POOL = -1  # where a bounce buffer lies differs from pool to pool
 
 
 @dataclass
@@ -24,8 +26,9 @@ class Flow:
 
     kind: str  # direct, single (map_phys), two-step, classic
     ranges: int
-    maps: list[tuple[int, int, int]]  # IOVA from the start of its range, phys, bytes
+    maps: list[tuple[int, int, int]]  # IOVA from the start of its range, phys (POOL: a bounce buffer), bytes
     addrs: list[tuple[int, int]]  # of each classic range: offset of the DMA address in its page, bytes
+    bounces: list[tuple[int, int]]  # of each bounce buffer: the original's address and bytes
     unmaps: list[int]  # bytes of each page-table unmap
     releases: int  # dma_unmap_phys calls
     flushes: list[tuple[int, int]] | None  # (bytes, log2 pages) of each; None: the trace does not show them
@@ -45,7 +48,7 @@ class Outcome:
 
 @dataclass
 class Report:
-    """A trace's outcomes. ``bounces``: what kept I/Os from being covered."""
+    """A trace's outcomes."""
 
     name: str
     environment: str
@@ -77,7 +80,7 @@ def _order(pages_first: int, pages_last: int) -> int:
 
 def kernel_flow(cmd: Command, *, shows_flushes: bool, caching: bool) -> Flow:
     """What the trace says that the kernel did."""
-    maps, phys = cmd.of("map"), cmd.of("dma_map_phys")
+    maps, phys, pooled = cmd.of("map"), cmd.of("dma_map_phys"), _pooled(cmd)
     starts: list[int] = []
     out: list[tuple[int, int, int]] = []
     end = None
@@ -86,7 +89,7 @@ def kernel_flow(cmd: Command, *, shows_flushes: bool, caching: bool) -> Flow:
         classic = any(p.num(2) & ~(PAGE - 1) == iova for p in phys)
         if classic or end != iova:
             starts.append(iova)
-        out.append((iova - starts[-1], m.num(2), m.num(3)))
+        out.append((iova - starts[-1], POOL if m in pooled else m.num(2), m.num(3)))
         end = m.num(1)
     kind = "two-step" if not phys else "direct" if not maps else "single" if len(phys) == 1 else "classic"
 
@@ -99,11 +102,25 @@ def kernel_flow(cmd: Command, *, shows_flushes: bool, caching: bool) -> Flow:
         len(phys) or len(starts),
         out,
         [(p.num(2) & (PAGE - 1), p.num(3)) for p in phys],
+        [(b.num(2), b.num(3)) for b in cmd.of("swiotlb_bounced")],
         [u.num(3) for u in cmd.of("unmap")],
         len(cmd.of("dma_unmap_phys")),
         seen("cache_tag_flush_range") if shows_flushes else None,
         seen("cache_tag_flush_range_np") if caching else None,
     )
+
+
+def _pooled(cmd: Command) -> dict[TraceEvent, tuple[int, int]]:
+    """Map events whose pages are a bounce buffer's, with the original: each follows its bounce."""
+    out: dict[TraceEvent, tuple[int, int]] = {}
+    pending = None
+    for e in cmd.events:
+        if e.kind == "swiotlb_bounced":
+            pending = (e.num(2), e.num(3))
+        elif e.kind == "map" and pending is not None:
+            out[e] = pending
+            pending = None
+    return out
 
 
 def our_flow(device: Device, bio: Bio, *, shows_flushes: bool, caching: bool) -> Flow:
@@ -113,18 +130,24 @@ def our_flow(device: Device, bio: Bio, *, shows_flushes: bool, caching: bool) ->
         device.backend.record(True)
     single = len(iterate(bio, device)) == 1
     addrs: list[tuple[int, int]] = []
+    bounces: list[tuple[int, int]] = []
+    pool = device.swiotlb
     before = device.counters()
     if single:
         # nvme_map_data's short cut: one physical segment is mapped by itself and always unmapped
         [(phys, n)] = iterate(bio, device)
         addr = device.map_phys(phys, n, bio.dir)
         addrs.append((int(addr) & (PAGE - 1), n))
+        bounces += [(int(phys), n)] if pool is not None and int(addr) in pool else []
         device.unmap_phys(addr, n, bio.dir)
         layout = "single"
     else:
         with device.map(bio, "linux") as m:
             layout = m.layout
             segments = m.segments
+        if layout == "bounced" and not recorded:
+            pieces = zip(iterate(bio, device), segments, strict=True)
+            bounces = [(int(p), n) for (p, n), s in pieces if int(s.addr) in pool]
         if layout != "linear":
             addrs = [(int(s.addr) & (PAGE - 1), s.length) for s in segments]
     after = device.counters()
@@ -134,13 +157,16 @@ def our_flow(device: Device, bio: Bio, *, shows_flushes: bool, caching: bool) ->
     for kind, iova, phys, n in events:
         if kind == "map":
             start = max(s for s in starts if s <= iova)
-            maps.append((iova - start, phys, n))
-    flow = {"linear": "two-step", "direct": "direct", "per-range": "classic", "single": "single"}[layout]
+            maps.append((iova - start, POOL if pool is not None and phys in pool else phys, n))
+    if recorded:
+        bounces = [(a, b) for kind, a, b, _ in events if kind == "bounce"]
+    flow = {"linear": "two-step", "per-range": "classic", "bounced": "classic", "single": "single"}.get(layout, "direct")
     return Flow(
         "direct" if not recorded else flow,
         len(addrs) or len(starts),
         maps,
         addrs,
+        bounces,
         [b for kind, _, b, _ in events if kind == "unmap"],
         after["unmaps"] - before["unmaps"],
         [(b - a + 1, c) for kind, a, b, c in events if kind == "flush"] if shows_flushes else None,
@@ -153,8 +179,12 @@ def _runs(cmd: Command, start_offset: int) -> list[tuple[int, int]]:
     phys = cmd.of("dma_map_phys")
     if phys:
         return [(p.num(4), p.num(3)) for p in phys]
-    maps = cmd.of("map")
-    return [(m.num(2) + (0 if i else start_offset), m.num(3) - (0 if i else start_offset)) for i, m in enumerate(maps)]
+    pooled = _pooled(cmd)
+    out = []
+    for i, m in enumerate(cmd.of("map")):
+        skip = 0 if i else start_offset
+        out.append(pooled.get(m, (m.num(2) + skip, m.num(3) - skip)))
+    return out
 
 
 def _vectors(io: Io) -> tuple[list[tuple[int, int]], list[str]]:
@@ -189,6 +219,7 @@ def _differences(kernel: Flow, ours: Flow) -> Iterator[str]:
         ("kind", "flow"),
         ("ranges", "ranges"),
         ("maps", "pages mapped (offset, phys, bytes)"),
+        ("bounces", "bounced (original, bytes)"),
         ("addrs", "DMA addresses (offset in page, bytes)"),
         ("unmaps", "bytes of each unmap"),
         ("releases", "dma_unmap_phys calls"),
@@ -207,11 +238,11 @@ def _short(value: object) -> str:
 
 
 def _compare_io(io: Io, device: Device, max_bytes: int, *, shows_flushes: bool, caching: bool) -> Outcome:
-    if any(cmd.of("swiotlb_bounced") for cmd in io.commands):
-        return Outcome(io, "not covered", reason="it bounces through swiotlb, which no back end here models yet")
     if io.result is None or io.result < 0 or not io.commands:
         return Outcome(io, "not covered", reason="the I/O failed or became no command")
     vecs, wrong = _vectors(io)
+    if wrong:  # what was mapped is not what was announced: there is nothing to map again
+        return Outcome(io, "disagree", differences=wrong)
     bio = Bio.from_phys(vecs, op=io.op)
     pieces = bio.split(device, max_bytes=max_bytes)
     kinds = []
@@ -235,12 +266,17 @@ def replay(lines: Iterator[str] | list[str], name: str) -> Report:
     # without flush events nobody can tell strict from lazy; what is compared does not depend on it
     unit = Iommu("strict", caching_mode=caching) if iommu else None
     # QEMU's NVMe controller takes SGLs: no virt boundary; 128 KiB is dma_opt_mapping_size behind an IOMMU
-    device = Device(iommu=unit, max_segments=256, dma_alignment=3, min_align_mask=0xFFF, max_segment_size=2**32 - 1)
-    max_bytes = 128 * KIB if iommu else 8 * KIB * KIB
+    bounced = any(c.of("swiotlb_bounced") for c in commands)
+    # behind an IOMMU only an untrusted device bounces; without one it is swiotlb=force, for these 64-bit devices
+    pool = Swiotlb(force=not iommu) if bounced else None
+    device = Device(iommu=unit, max_segments=256, dma_alignment=3, min_align_mask=0xFFF, max_segment_size=2**32 - 1,
+                    untrusted=bounced and iommu, swiotlb=pool)  # fmt: skip
+    max_bytes = 128 * KIB if iommu else 8 * KIB * KIB if pool is None else pool.max_mapping_size(0xFFF)
     words = "IOMMU" if iommu else "no IOMMU in the path"
     if iommu:
         words += ", flushes shown" if shows_flushes else ", flushes not shown"
         words += ", caching mode" if caching else ""
+    words += f", bounces: {'untrusted device' if iommu else 'swiotlb=force'}" if bounced else ""
     return Report(
         name,
         words,

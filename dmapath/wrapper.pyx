@@ -12,7 +12,8 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_DEV_COHERENT, DMA_LAYOUT_BOUNCED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR, DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE,
+    DMA_DEV_COHERENT, DMA_LAYOUT_BOUNCED,
+    DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR, DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE,
     DMA_MAP_CHUNK, DMA_POLICY_LINUX, DMA_RQ_SG, DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr,
     dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter, dma_map_state, dma_policy,
     dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t, phys_vec,

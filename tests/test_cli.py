@@ -58,8 +58,11 @@ def test_explain_says_it_in_words() -> None:
     assert text.startswith("One IOVA range that reads as 1 segment. Case 2")
     assert "0xffffc200 + 0x2200" in text
     assert "from dma_iova_link" in text
-    assert "bounce" in run("explain", "0x100200+0xe00", "--untrusted").stdout
-    assert "[dev_use_swiotlb" in run("explain", "0x100200+0xe00", "--untrusted").stdout
+    assert "[dev_use_swiotlb" in run("explain", "0x100200+0xe00", "--untrusted", "--swiotlb", "none").stdout
+    bounced = run("explain", "0x100200+0x2000", "--untrusted", "--min-align-mask", "0xfff").stdout
+    assert "head 0x100200 + 0xe00" in bounced
+    assert "tail 0x102000 + 0x200" in bounced
+    assert run("explain", "0x100200+0x2000", "--backend", "direct", "--swiotlb", "force").stdout.startswith("Bounce buffers")
 
 
 @pytest.mark.parametrize(
@@ -84,8 +87,10 @@ def test_explain_of_a_region() -> None:
 
 
 def test_an_error_is_an_answer() -> None:
-    told = json.loads(run("explain", "0x100000000+4K", "--backend", "direct", "--dma-mask", "0xffffffff", "--json").stdout)
-    assert told["error"].startswith("ENOMEM")
+    args = ("explain", "0x100000000+4K", "--backend", "direct", "--dma-mask", "0xffffffff", "--json", "--swiotlb")
+    assert json.loads(run(*args, "none").stdout)["error"].startswith("ENOMEM")
+    told = json.loads(run(*args, "pool").stdout)
+    assert (told["case"], told["bounced"]) == ("swiotlb-single", [{"part": "whole", "phys": "0x100000000", "len": 4096}])
 
 
 @pytest.mark.parametrize(
@@ -101,13 +106,12 @@ def test_bad_input_is_exit_2_and_one_line(args: tuple[str, ...]) -> None:
     assert "rror" in run(*args, code=2).stderr
 
 
-def test_replay_agrees_and_says_what_it_leaves_out() -> None:
+def test_replay_agrees_on_every_io_of_six_real_traces() -> None:
     text = run("replay", *(str(p) for p in sorted(TRACES.glob("*.txt")))).stdout
-    assert text.count("agrees with the kernel on 9 of 9 covered I/Os (100 %)") == 4
-    assert "agrees with the kernel on 4 of 4 covered I/Os (100 %)" in text
-    assert text.count("not covered: 5 I/Os, it bounces through swiotlb") == 1
+    assert text.count("agrees with the kernel on 9 of 9 covered I/Os (100 %)") == 6
+    assert "not covered" not in text
     data = json.loads(run("replay", str(TRACES / "untrusted.ftrace.txt"), "--json").stdout)
-    assert data["traces"][0]["not_covered"] == 5
+    assert (data["traces"][0]["agree"], data["traces"][0]["not_covered"]) == (9, 0)
 
 
 def test_replay_reads_trace_cmd_report(tmp_path: Path) -> None:
@@ -127,8 +131,8 @@ def test_replay_reads_trace_cmd_report(tmp_path: Path) -> None:
     assert "on 9 of 9 covered I/Os (100 %)" in run("replay", str(path)).stdout
 
 
-def edit(tmp_path: Path, change: Any) -> Path:
-    lines = (TRACES / "strict.ftrace.txt").read_text().splitlines()
+def edit(tmp_path: Path, change: Any, trace: str = "strict") -> Path:
+    lines = (TRACES / f"{trace}.ftrace.txt").read_text().splitlines()
     path = tmp_path / "changed.txt"
     path.write_text("\n".join(change(lines)) + "\n")
     return path
@@ -162,6 +166,16 @@ def test_replay_of_a_kernel_that_did_otherwise_is_exit_1(tmp_path: Path) -> None
     text = run("replay", str(path), code=1).stdout
     assert "vector 1: announced at 0x3ff00000, mapped at 0x55555000" in text
     assert "disagree" in text
+
+
+@pytest.mark.parametrize("trace", ["untrusted", "swf"])
+def test_replay_notices_a_bounce_of_another_size(tmp_path: Path, trace: str) -> None:
+    def change(lines: list[str]) -> list[str]:
+        i = next(i for i, x in enumerate(lines) if "swiotlb_bounced" in x and "size=1024" in x)
+        return [*lines[:i], lines[i].replace("size=1024", "size=1020"), *lines[i + 1 :]]
+
+    text = run("replay", str(edit(tmp_path, change, trace)), code=1).stdout
+    assert "bounced (original, bytes)" in text or "bytes too few" in text
 
 
 def test_replay_of_binary(tmp_path: Path) -> None:

@@ -233,7 +233,8 @@ def test_syncs_copy_by_direction() -> None:
 
 @pytest.mark.parametrize("policy", ["unified", "linux"])
 @pytest.mark.parametrize(
-    ("ranges", "case", "kept"), [([(0x200, 0x1000)], "swiotlb-single", 16), ([(0, 64), (0x3100, 0x1000)], "swiotlb-multi", 32)]
+    ("ranges", "case", "kept"),
+    [([(0x200, 0x1000)], "swiotlb-single", 16), ([(0, 64), (0x3100, 0x1000)], "swiotlb-multi", 32)],
 )
 def test_cases_4_and_5(policy: str, ranges: Any, case: str, kept: int) -> None:
     memory, pool = machine(force=True)

@@ -147,14 +147,14 @@ cdef int direct_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_
 
 cdef int direct_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_direction dir, unsigned long attrs,
                        dma_seg *out) noexcept nogil:
-    cdef uint32_t i
+    cdef uint32_t i, j
     cdef int rc
     for i in range(n):
         rc = direct_map_one(dev, v[i].paddr, v[i].len, dir, attrs, &out[i].addr)
         if rc:
-            for i in range(i):
-                direct_unmap_one(dev, out[i].addr, out[i].len, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC)
-            return -EIO
+            for j in range(i):
+                direct_unmap_one(dev, out[j].addr, out[j].len, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC)
+            return rc if rc == -EOPNOTSUPP else -EIO
         out[i].len = v[i].len
     add(counts_of(dev).sg_maps, 1)
     return <int>n
