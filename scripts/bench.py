@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import dmapath
-from dmapath import Bio, Device, DmaEngine, Iommu, MemoryRegion, PhysMemory, _bench
+from dmapath import Bio, Device, DmaEngine, Iommu, MemoryRegion, PhysMemory, Swiotlb, _bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 PAGE = 4096
@@ -39,6 +39,8 @@ OPERATIONS: dict[str, tuple[Spec, int | None]] = {
     "two-step, 32 links as one vector": (("two-step-vec", 32, 0, PAGE, ""), 12461),
     "classic map+unmap, 1": (("classic", 1, 0, PAGE, ""), 1260),
     "classic map+unmap, 32": (("classic", 32, 0, PAGE, ""), 40103),
+    "swiotlb map+unmap, 512 bytes, one copy": (("bounce", 1, 0, 512, ""), 2152),
+    "swiotlb map+unmap, 4 KiB, one copy": (("bounce", 1, 0, PAGE, ""), 2530),
     "request, 32 bvecs aligned, unified": (("request", 32, 0, PAGE, "unified"), 15996),
     "request, 32 bvecs unaligned, unified": (("request", 32, 0x200, 0x600, "unified"), 44963),
     "request, 32 bvecs of 2 pages, unified": (("request", 32, 0x200, PAGE, "unified"), None),
@@ -61,6 +63,10 @@ def run(op: str, n: int, offset: int, length: int, policy: str, rounds: int) -> 
         dev.backend.alloc_free_loop(length, rounds)
         return (time.perf_counter_ns() - start) / rounds
     bio = stripes(n, offset, length)
+    if op == "bounce":
+        memory = PhysMemory(1 << 20, base=0x100000)
+        dev = Device(memory=memory, swiotlb=Swiotlb(memory, slots=512, force=True), min_align_mask=0xFFF)
+        op = "classic"
     _bench.run(op, dev, bio, 2, policy or "unified")
     return _bench.run(op, dev, bio, rounds, policy or "unified")
 

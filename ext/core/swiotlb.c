@@ -21,21 +21,21 @@ int swiotlb_init(struct swiotlb *p, uint64_t start, char *host, uint32_t slots, 
     p->ops = &pool_ops;
     p->slot = core_alloc(&p->fail, slots * sizeof(*p->slot));
     p->area = core_alloc(&p->fail, areas * sizeof(*p->area));
-    if (!p->slot || !p->area) {
-        swiotlb_destroy(p);
-        return -ENOMEM;
-    }
-    for (uint32_t i = 0; i < slots; i++)
-        p->slot[i].free_run = TLB_SEGMENT - in_segment(i);
-    return 0;
+    p->busy = core_alloc(&p->fail, slots / 8);
+    if (p->slot && p->area && p->busy)
+        return 0;
+    swiotlb_destroy(p);
+    return -ENOMEM;
 }
 
 void swiotlb_destroy(struct swiotlb *p)
 {
     free(p->slot);
     free(p->area);
+    free(p->busy);
     p->slot = NULL;
     p->area = NULL;
+    p->busy = NULL;
 }
 
 /* ---- placement ---------------------------------------------------------------------------------------------------- */
@@ -51,15 +51,31 @@ static inline bool crosses(uint64_t mask, uint64_t first, uint64_t bytes)
     return ((first ^ (first + bytes - 1)) & ~mask) != 0;
 }
 
-static void take_slots(struct swiotlb *p, struct tlb_area *a, uint32_t base, uint32_t at, uint32_t n)
+/* The bits of a run of n slots in the word of slot i: as many as that word holds. */
+static inline uint64_t run_bits(uint32_t i, uint32_t n, uint32_t *held)
 {
-    uint32_t run = 0;
-    for (uint32_t i = at; i < at + n; i++)
-        p->slot[i].free_run = 0;
-    for (uint32_t i = at; i-- > base && in_segment(i) != TLB_SEGMENT - 1 && p->slot[i].free_run;)
-        p->slot[i].free_run = ++run;
-    a->index = at - base + n < p->area_slots ? at - base + n : 0; /* addresses advance rather than be reused */
-    a->used += n;
+    uint32_t bit = i & 63;
+    *held = n < 64 - bit ? n : 64 - bit;
+    return (~0ull >> (64 - *held)) << bit;
+}
+
+/* Are n slots from i on free? A run never leaves its segment. */
+static inline bool run_free(const struct swiotlb *p, uint32_t i, uint32_t n)
+{
+    uint32_t k;
+    if (in_segment(i) + n > TLB_SEGMENT)
+        return false;
+    for (; n; i += k, n -= k)
+        if (p->busy[i >> 6] & run_bits(i, n, &k))
+            return false;
+    return true;
+}
+
+static inline void run_flip(struct swiotlb *p, uint32_t i, uint32_t n)
+{
+    uint32_t k;
+    for (; n; i += k, n -= k)
+        p->busy[i >> 6] ^= run_bits(i, n, &k);
 }
 
 /* A run of n slots in one area, or -1. */
@@ -82,9 +98,11 @@ static int64_t search_area(struct swiotlb *p, uint32_t which, const struct swiot
         uint32_t step = stride;
         if (addr & alloc || (addr & keep) != (orig & keep)) {
             step = 1;
-        } else if (!crosses(w->boundary_mask, addr, (uint64_t)n << TLB_SHIFT) && p->slot[base + index].free_run >= n) {
+        } else if (!crosses(w->boundary_mask, addr, (uint64_t)n << TLB_SHIFT) && run_free(p, base + index, n)) {
             found = base + index;
-            take_slots(p, a, base, base + index, n);
+            run_flip(p, base + index, n);
+            a->index = index + n < p->area_slots ? index + n : 0; /* addresses advance rather than be reused */
+            a->used += n;
             break;
         }
         index += step;
@@ -101,11 +119,7 @@ static void give_slots(struct swiotlb *p, uint32_t first, uint32_t n)
 {
     struct tlb_area *a = &p->area[first / p->area_slots];
     lock_acquire(&a->lock);
-    uint32_t next = first + n, run = in_segment(next) && next < p->slots ? p->slot[next].free_run : 0;
-    for (uint32_t i = next; i-- > first;)
-        p->slot[i].free_run = ++run;
-    for (uint32_t i = first; i-- > 0 && in_segment(i) != TLB_SEGMENT - 1 && p->slot[i].free_run;)
-        p->slot[i].free_run = ++run;
+    run_flip(p, first, n);
     a->used -= n;
     lock_release(&a->lock);
 }
@@ -116,7 +130,7 @@ static void copy(struct swiotlb *p, uint64_t orig, uint64_t addr, uint64_t size,
 {
     if (p->mem) {
         phys_mem_read_lock(p->mem);
-        phys_mem_copy(p->mem, orig, p->host + (addr - p->start), size, !to_pool);
+        size = phys_mem_copy(p->mem, orig, p->host + (addr - p->start), size, !to_pool);
         phys_mem_read_unlock(p->mem);
     }
     __atomic_fetch_add(to_pool ? &p->bytes_in : &p->bytes_out, size, __ATOMIC_RELAXED);

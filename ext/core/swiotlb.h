@@ -16,7 +16,6 @@ struct tlb_slot {
     uint64_t size;     /* bytes mapped */
     uint32_t first, slots; /* the whole allocation, leading pad slots included */
     uint32_t owner;    /* the slot that holds all this */
-    uint32_t free_run; /* free slots from here to the end of the segment; 0: in use */
 };
 
 struct tlb_area { struct lock lock; uint32_t index, used; };
@@ -41,6 +40,7 @@ struct swiotlb {
     uint32_t slots, areas, area_slots;
     bool force;
     struct tlb_slot *slot;
+    uint64_t *busy;       /* a bit for each slot: two words are a segment, so no word is shared between areas */
     struct tlb_area *area;
     uint64_t maps, unmaps, bytes_in, bytes_out; /* atomic */
     struct fail_point fail;
