@@ -25,6 +25,7 @@ def machine(*, slots: int = 512, force: bool = False, areas: int = 1) -> tuple[P
 
 def untrusted(min_align: int = 0xFFF) -> tuple[PhysMemory, Swiotlb, Device]:
     memory, pool = machine()
+    memory.write(pool.base, b"\xcc" * (pool.slots * 2048))  # what earlier mappings of others left in the pool
     return memory, pool, strict(memory=memory, swiotlb=pool, untrusted=True, min_align_mask=min_align)
 
 
@@ -211,6 +212,25 @@ def test_section_6_3_placement_keeps_low_bits() -> None:
     dev.map_phys(0x100A00, 0x1000)
     assert [e[3] - whole.base for e in dev.backend.events() if e[0] == "bounce"] == [0xA00, 0x1A00]
     assert whole.used == 2 + 4
+
+
+def test_section_6_4_addresses_advance_and_wrap() -> None:
+    pool = Swiotlb(slots=128, force=True)
+    dev = Device(swiotlb=pool)
+    got = []
+    for _ in range(130):
+        addr = dev.map_phys(0x100000, 0x800)
+        dev.unmap_phys(addr, 0x800)
+        got.append((int(addr) - pool.base) // 0x800)
+    assert got == [*range(128), 0, 1]
+
+
+def test_section_6_4_a_segment_boundary_is_not_crossed() -> None:
+    pool = Swiotlb(slots=256, force=True)
+    dev = Device(swiotlb=pool, seg_boundary_mask=0x3FFF)
+    addrs = [int(dev.map_phys(0x100000, 0x2800)) for _ in range(8)]
+    assert all(a // 0x4000 == (a + 0x27FF) // 0x4000 for a in addrs)
+    assert len(set(addrs)) == 8
 
 
 def test_syncs_copy_by_direction() -> None:
