@@ -493,6 +493,8 @@ def test_row_65_best_page_size() -> None:
     assert len(mr.dma_blocks([(0x100201000, 4 << 20)], 0, 4 << 20, va, 4096)) == 1024
     assert best([(0x100200000, 2 << 20), (0x200000000, 2 << 20)], 0, 4 << 20, va, ALL) == 2 << 20
     assert best([(0x100010000, 1 << 16), (0x100030000, 1 << 16)], 0, 2 << 16, 0x7F0000210000, ALL) == 1 << 16
+    # where two runs meet, the address there bounds the page, though each run by itself would allow 2 MiB
+    assert best([(0x100010000, 1 << 16), (0x200020000, 1 << 16)], 0, 2 << 16, 0x7F0000210000, ALL) == 1 << 16
     three = [(0x100000, 0x1000), (0x300000, 0x1000), (0x500000, 0x1000)]
     assert best(three, 0x200, 0x2C00, va + 0x200, ALL) == 4096
     assert mr.dma_blocks(three, 0x200, 0x2C00, va + 0x200, 4096) == [0x100000, 0x300000, 0x500000]
