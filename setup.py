@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 
 SANITIZE = os.environ.get("DMAPATH_SANITIZE", "")
 CORE = ["ext/core/core.c"]
-#: Module -> C sources that only it links; each file with state has one owner.
+#: Module -> C sources that it links. Only one links the core; util.c is in two, so the pool numbers threads for itself.
 MODULES = {
     "dmapath.backends.base": [],
     "dmapath.backends.direct": [],

@@ -54,10 +54,9 @@ cdef extern from "swiotlb.h" nogil:
 
 cdef extern from "domain.h" nogil:
     enum:
-        PROT_READ_, PROT_WRITE_, PROT_CACHE, PROT_MMIO, PROT_PRIV, FQ_SIZE
+        PROT_READ_, PROT_WRITE_, PROT_CACHE, PROT_MMIO, PROT_PRIV
     enum:
-        EV_ALLOC, EV_FREE, EV_MAP, EV_UNMAP, EV_SYNC, EV_FLUSH, EV_FLUSH_NP, EV_FLUSH_ALL, EV_CLEAN
-        EV_CACHE_INVAL, EV_BARRIER, EV_FAULT, EV_BOUNCE
+        EV_CLEAN, EV_CACHE_INVAL, EV_BARRIER, EV_BOUNCE
     struct event:
         uint64_t kind, a, b, c
     struct event_log:

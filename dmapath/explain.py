@@ -89,7 +89,7 @@ def _covered(runs: list[tuple[int, int]]) -> int:
 def explain(device: Device, request: Mappable, policy: str) -> Explanation:
     """Map the request on a fresh device of the same kind, look, and unmap it."""
     if device.backend.name not in ("direct", "iommu"):
-        raise NotSupportedError(f"explain needs a fresh IOVA space, and the back end {device.backend.name!r} has one",
+        raise NotSupportedError(f"explain needs a fresh IOVA space, and the back end {device.backend.name!r} gives none",
                                 argument="device", value=device)
     trial = device.fresh()
     out = Explanation(policy)

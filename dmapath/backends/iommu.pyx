@@ -110,12 +110,12 @@ cdef int bounce(dma_device *dev, uint64_t phys, uint64_t size, uint64_t *out) no
     if dev.swiotlb == NULL:
         return -ENOMEM
     want.min_align_mask = dev.min_align_mask
-    want.alloc_align_mask = (dom_granule(d) - 1)
+    want.alloc_align_mask = dom_granule(d) - 1
     want.boundary_mask = dev.limits.seg_boundary_mask
     if swiotlb_map(dev.swiotlb, &want, phys, size, out):
         return -ENOMEM
     if dev.flags & DMA_DEV_UNTRUSTED:
-        swiotlb_zero_around(dev.swiotlb, out[0], size, (dom_granule(d) - 1))
+        swiotlb_zero_around(dev.swiotlb, out[0], size, dom_granule(d) - 1)
     mark_bounced(dev)
     note(d, EV_BOUNCE, phys, size, out[0])
     return 0
@@ -124,6 +124,14 @@ cdef int bounce(dma_device *dev, uint64_t phys, uint64_t size, uint64_t *out) no
 cdef inline void unbounce(dma_device *dev, uint64_t phys, dma_data_direction dir, unsigned long attrs) noexcept nogil:
     if swiotlb_has(dev.swiotlb, phys):
         swiotlb_unmap(dev.swiotlb, phys, dir != DMA_TO_DEVICE and not attrs & DMA_ATTR_SKIP_CPU_SYNC)
+
+
+# undo links of a call that fails: nothing is copied back
+cdef void take_back(dma_device *dev, uint64_t addr, uint64_t size, unsigned long attrs) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t off = dom_off(d, addr)
+    unlink_slow(dev, addr, size, DMA_TO_DEVICE, attrs)
+    dom_unmap(d, addr - off, dom_up(d, size + off))
 
 
 # iommu_dma_iova_bounce_and_link: a part of one granule, `pad` bytes into it
@@ -168,8 +176,7 @@ cdef int link_bounced(dma_device *dev, dma_iova_state *st, uint64_t addr, uint64
     if rc == 0 and tail:
         rc = bounce_and_link(dev, st, addr + mapped, phys + mapped, tail, 0, prot)
     if rc and mapped:
-        unlink_slow(dev, addr, mapped, DMA_TO_DEVICE, attrs)
-        dom_unmap(d, addr - head, dom_up(d, mapped + head))
+        take_back(dev, addr, mapped, attrs)
     return rc
 
 
@@ -188,7 +195,7 @@ cdef uint64_t span_of(iommu_domain *d, const phys_vec *v, uint32_t n, bint gappe
 cdef int link_bounced_vec(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
                           dma_data_direction dir, unsigned long attrs, bint gapped) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t at = st.addr.v + offset, off, first
+    cdef uint64_t at = st.addr.v + offset, off
     cdef uint32_t i
     cdef int rc = 0
     for i in range(n):
@@ -203,9 +210,7 @@ cdef int link_bounced_vec(dma_device *dev, dma_iova_state *st, const phys_vec *v
     if rc == 0:
         count(d.counters, C_LINKS, n)
     elif at != st.addr.v + offset:
-        first = st.addr.v + offset - dom_off(d, st.addr.v + offset)
-        unlink_slow(dev, st.addr.v + offset, at - st.addr.v - offset, DMA_TO_DEVICE, attrs)
-        dom_unmap(d, first, dom_up(d, at - first))
+        take_back(dev, st.addr.v + offset, at - st.addr.v - offset, attrs)
     return rc
 
 
