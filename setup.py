@@ -8,14 +8,19 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 SANITIZE = os.environ.get("DMAPATH_SANITIZE", "")
-CORE = ["ext/core/core.c"]
-#: Module -> C sources that it links. Only one links the core; util.c is in two, so the pool numbers threads for itself.
+CORE = ["ext/core/core.c", "ext/core/mem.c"]
+MEM = ["ext/core/mem.c", "ext/core/util.c"]
+#: Module -> C sources that it links. Only one links the core; mem.c holds no data of its own; util.c numbers threads for
+#: each extension that links it.
 MODULES = {
     "dmapath.backends.base": [],
-    "dmapath.backends.direct": [],
+    "dmapath.backends.direct": MEM,
+    "dmapath.backends.grant": MEM,
+    "dmapath.backends.python": [],
     "dmapath.backends.iommu": CORE,
-    "dmapath.memory": ["ext/core/mem.c"],
-    "dmapath.swiotlb": ["ext/core/swiotlb.c", "ext/core/util.c"],
+    "dmapath.memory": MEM,
+    "dmapath.xen": MEM,
+    "dmapath.swiotlb": ["ext/core/swiotlb.c", *MEM],
     "dmapath.request": [],
     "dmapath.bio": [],
     "dmapath.mr": [],

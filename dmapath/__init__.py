@@ -5,6 +5,7 @@ import os as _os
 from dmapath._version import __version__ as __version__
 from dmapath.addr import DmaAddr, Iova, PhysAddr
 from dmapath.backends.base import COUNTERS, LIVE_COUNTERS
+from dmapath.backends.grant import GrantTable
 from dmapath.backends.iommu import Iommu
 from dmapath.bio import Bio, Request
 from dmapath.device import Device, IovaState, Mapping, Segment
@@ -27,7 +28,9 @@ from dmapath.errors import (
 from dmapath.explain import Explanation
 from dmapath.memory import HostBuffer, PhysMemory
 from dmapath.mr import MemoryRegion
+from dmapath.pci import Bar, Fabric, RootComplex
 from dmapath.swiotlb import Swiotlb
+from dmapath.xen import XenDomain
 
 
 def get_include() -> str:
@@ -42,6 +45,7 @@ __all__ = [
     "LIVE_COUNTERS",
     "AddressTypeError",
     "AlignmentError",
+    "Bar",
     "Bio",
     "Device",
     "DmaAddr",
@@ -51,6 +55,8 @@ __all__ = [
     "DmaValueError",
     "ExistingMappingError",
     "Explanation",
+    "Fabric",
+    "GrantTable",
     "HostBuffer",
     "Iommu",
     "Iova",
@@ -65,9 +71,11 @@ __all__ = [
     "PhysAddr",
     "PhysMemory",
     "Request",
+    "RootComplex",
     "Segment",
     "StateError",
     "Swiotlb",
     "TraceError",
+    "XenDomain",
     "get_include",
 ]

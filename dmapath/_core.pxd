@@ -2,9 +2,13 @@
 """The C core under ext/core: private to this package, and only for the extensions that link it (setup.py)."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from dmapath.abi cimport dma_device, dma_fault, dma_iova_state, phys_mem, phys_vec, swiotlb
+from dmapath.abi cimport dma_device, dma_fault, dma_iova_state, phys_addr_t, phys_mem, phys_vec, swiotlb
 
 cdef extern from "util.h" nogil:
+    struct lock:
+        pass
+    void lock_acquire(lock *)
+    void lock_release(lock *)
     struct fail_point:
         int64_t nth
     struct counters:
@@ -13,17 +17,25 @@ cdef extern from "util.h" nogil:
         C_IOVA_ALLOCS, C_IOVA_FREES, C_IOVA_ALLOC_BYTES, C_IOVA_FREE_BYTES
         C_LINKS, C_SYNCS, C_UNLINKS, C_MAPS, C_UNMAPS, C_SG_MAPS, C_SG_UNMAPS
         C_PTE_SET, C_PTE_CLEAR, C_INVAL_RANGE, C_INVAL_FULL, C_SYNC_FLUSH
-        C_CACHE_CLEAN, C_CACHE_INVAL, C_BARRIERS, C_FAULTS, C_COUNT
+        C_CACHE_CLEAN, C_CACHE_INVAL, C_BARRIERS, C_FAULTS, C_BOUNCES, C_UNBOUNCES, C_BOUNCED_BYTES, C_COUNT
     void *core_alloc(fail_point *, size_t)
     void count(counters *, int, uint64_t)
+    void add_atomic(uint64_t *, uint64_t)
     uint64_t counter_read(const counters *, unsigned)
 
 cdef extern from "mem.h" nogil:
     int phys_mem_init(phys_mem *)
     void phys_mem_destroy(phys_mem *)
-    int phys_mem_add(phys_mem *, uint64_t phys, void *host)
+    int phys_mem_add(phys_mem *, uint64_t phys, void *host, bint uncached)
     void phys_mem_remove(phys_mem *, const uint64_t *phys, uint64_t n)
     uint64_t phys_mem_copy(const phys_mem *, uint64_t phys, void *buf, uint64_t len, bint to_mem)
+    uint64_t phys_mem_dma(phys_mem *, const dma_device *, uint64_t phys, void *buf, uint64_t len, bint to_mem)
+    void phys_mem_clean(phys_mem *, uint64_t phys, uint64_t len)
+    void phys_mem_inval(phys_mem *, uint64_t phys, uint64_t len)
+    void phys_mem_evict(phys_mem *)
+    void *phys_mem_host(const phys_mem *, uint64_t phys)
+    uint64_t p2p_route(const dma_device *, uint64_t addr, uint64_t len, uint64_t *phys)
+    bint p2p_dropped(const dma_device *, uint64_t phys)
     void phys_mem_read_lock(phys_mem *)
     void phys_mem_read_unlock(phys_mem *)
     ctypedef struct phys_mem_full "struct phys_mem":
@@ -34,11 +46,14 @@ cdef extern from "swiotlb.h" nogil:
     enum:
         TLB_SEGMENT
     uint64_t TLB_SIZE
+    struct tlb_pool:
+        char *host
     ctypedef struct swiotlb_pool "struct swiotlb":
         phys_mem *mem
-        char *host
+        tlb_pool first
         bint force
-        uint64_t maps, unmaps, bytes_in, bytes_out
+        bint dynamic
+        uint64_t maps, unmaps, bytes_in, bytes_out, transients, pools
         fail_point fail
     struct swiotlb_want:
         uint64_t min_align_mask, alloc_align_mask, boundary_mask
@@ -48,9 +63,11 @@ cdef extern from "swiotlb.h" nogil:
     void swiotlb_unmap(swiotlb *, uint64_t addr, bint copy_back)
     void swiotlb_sync(swiotlb *, uint64_t addr, uint64_t size, bint to_pool)
     void swiotlb_zero_around(swiotlb *, uint64_t addr, uint64_t size, uint64_t granule_mask)
+    void dma_mark_bounced(dma_device *)
     uint64_t swiotlb_used(swiotlb_pool *)
+    uint64_t swiotlb_slots(swiotlb_pool *)
     uint64_t swiotlb_max_size(uint64_t min_align_mask)
-    bint swiotlb_has(const swiotlb *, uint64_t phys)
+    bint swiotlb_has(swiotlb *, uint64_t phys)
 
 cdef extern from "domain.h" nogil:
     enum:
@@ -58,15 +75,11 @@ cdef extern from "domain.h" nogil:
     enum:
         EV_CLEAN, EV_CACHE_INVAL, EV_BARRIER, EV_BOUNCE
     struct event:
-        uint64_t kind, a, b, c
+        uint64_t kind, a, b, c, now
     struct event_log:
         bint on
         event *e
         uint64_t n
-    struct lock:
-        pass
-    void lock_acquire(lock *)
-    void lock_release(lock *)
     struct iotlb_stats:
         uint64_t hits, misses, walk_reads, pwc_hits, evictions
     struct iotlb_entry:
@@ -142,3 +155,16 @@ cdef extern from "iova.h" nogil:
     void iova_free_fast(iova_domain *, uint64_t pfn, uint64_t size)
     enum:
         IOVA_ORDERS
+
+cdef extern from "xen.h" nogil:
+    struct xen_domain:
+        bint arm
+    uint64_t xen_machine(const xen_domain *, uint64_t phys)
+    uint64_t xen_phys(const xen_domain *, uint64_t machine)
+    bint xen_local(const xen_domain *, uint64_t machine)
+    bint xen_straddles(const xen_domain *, uint64_t phys, uint64_t size, bint noncoherent)
+    int xen_mergeable(const void *, phys_addr_t, phys_addr_t) noexcept nogil
+    int xen_init(xen_domain *, bint arm)
+    void xen_destroy(xen_domain *)
+    int xen_set(xen_domain *, uint64_t phys, uint64_t machine, bint foreign)
+    void xen_clear(xen_domain *, uint64_t phys)

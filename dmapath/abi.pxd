@@ -21,6 +21,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
     const char *DMAPATH_API_CAPSULE
     const char *DMAPATH_DEVICE_CAPSULE
     const char *DMAPATH_OPS_CAPSULE
+    const char *DMAPATH_BUS_CAPSULE
 
     ctypedef struct phys_addr_t:
         uint64_t v
@@ -37,6 +38,11 @@ cdef extern from "dmapath/dmapath.h" nogil:
         DMA_TO_DEVICE
         DMA_FROM_DEVICE
         DMA_NONE
+    enum dma_p2p_type:
+        DMA_P2P_NONE
+        DMA_P2P_NOT_SUPPORTED
+        DMA_P2P_BUS_ADDR
+        DMA_P2P_THRU_HOST_BRIDGE
     enum dma_policy:
         DMA_POLICY_UNIFIED
         DMA_POLICY_LINUX
@@ -72,6 +78,17 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint64_t max_segment_size
         uint64_t seg_boundary_mask
         uint64_t virt_boundary
+        int (*mergeable)(const void *, phys_addr_t, phys_addr_t) noexcept nogil
+        const void *machine
+    struct dma_p2p_range:
+        phys_addr_t start
+        uint64_t size
+        uint64_t bus_offset
+        uint32_t type
+        uint32_t provider
+    struct dma_p2p:
+        uint32_t nr
+        dma_p2p_range *ranges
     struct dma_range_map:
         phys_addr_t cpu_start
         dma_addr_t dma_start
@@ -93,6 +110,11 @@ cdef extern from "dmapath/dmapath.h" nogil:
         const dma_range_map *ranges
         uint32_t nr_ranges
         swiotlb *swiotlb
+        const dma_p2p *p2p
+        void *tap
+    const dma_p2p_range *dma_p2p_at(const dma_p2p *, phys_addr_t, int *)
+    const dma_p2p_range *dma_p2p_find(const dma_device *, phys_addr_t)
+    const dma_p2p_range *dma_p2p_peer(const dma_device *, dma_addr_t)
     struct dma_ops:
         uint32_t abi
         uint32_t size
@@ -170,6 +192,9 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint32_t have
         uint32_t at
         uint32_t whole
+        uint32_t p2p
+        uint64_t pos
+        dma_seg held
         phys_vec window[64]
     struct dmapath_api:
         uint32_t abi

@@ -4,6 +4,7 @@ from dmapath.backends.base cimport Backend
 from dmapath.memory cimport PhysMemory
 from dmapath.request cimport Mappable
 from dmapath.swiotlb cimport Swiotlb
+from dmapath.xen cimport XenDomain
 
 
 cdef class Device:
@@ -13,6 +14,9 @@ cdef class Device:
     cdef readonly object iommu
     cdef readonly PhysMemory memory
     cdef readonly Swiotlb swiotlb
+    cdef readonly XenDomain xen
+    cdef readonly object grants, pci
+    cdef list old_p2p
     cdef object config_
     cdef _limits(self)
     cdef _ranges(self, ranges)

@@ -15,20 +15,24 @@ from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_LAYOUT_BOUNCED,
     DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR,
-    DMA_LAYOUT_PER_RANGE, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
+    DMA_LAYOUT_PER_RANGE, DMA_P2P_NOT_SUPPORTED, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
     dma_data_direction, dma_iova_destroy, dma_iova_free, dma_iova_link, dma_iova_size, dma_iova_state,
-    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
+    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_p2p, dma_p2p_range, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
 )
 from dmapath.backends.base cimport CapsuleBackend
 from dmapath.memory cimport PhysMemory
 from dmapath.request cimport Mappable
 from dmapath.swiotlb cimport Swiotlb
+from dmapath.xen cimport XenDomain
 from dmapath.wrapper cimport map_next, map_start, unmap
 
 from dmapath import rules
 from dmapath.addr import DmaAddr, as_dma, as_length, as_phys
+from dmapath.backends.base import carries_ops
 from dmapath.backends.direct import DirectBackend
+from dmapath.backends.grant import GrantBackend
 from dmapath.backends.iommu import Iommu, IommuDomain
+from dmapath.backends.python import PythonBackend
 from dmapath.errors import AddressTypeError, DmaValueError, MappingError, StateError, error_for
 from dmapath.request import direction
 
@@ -143,6 +147,12 @@ cdef class Device:
         buffers behind an IOMMU.
     kernel_quirks : bool
         Accept what Linux accepts though it looks like a defect (a link outside its allocation).
+    pci : pci.Function or None
+        Its place in the PCIe fabric, by which it reaches other functions' BARs; None: it reaches none.
+    xen : XenDomain or None
+        The Xen guest it belongs to: it is told machine addresses (swiotlb-xen).
+    grants : GrantTable or None
+        It is a backend in another domain that sees only what is granted (Xen grant DMA).
     backend : object
         A back end from elsewhere: carries a "dmapath.ops.v1" capsule as ``dma_ops``.
     """
@@ -150,7 +160,8 @@ cdef class Device:
     def __cinit__(self, *, iommu=None, PhysMemory memory=None, dma_mask=2**64 - 1, bus_dma_limit=0, coherent=True,
                   untrusted=False, max_segments=2**16 - 1, max_segment_size=None, seg_boundary_mask=2**64 - 1,
                   virt_boundary=0, dma_alignment=0, min_align_mask=0, dma_ranges=(), forcedac=False,
-                  kernel_quirks=False, Swiotlb swiotlb=None, backend=None):
+                  kernel_quirks=False, Swiotlb swiotlb=None, pci=None, XenDomain xen=None, grants=None, backend=None):
+        self.old_p2p = []
         self.config_ = dict(dma_mask=dma_mask, bus_dma_limit=bus_dma_limit, coherent=coherent, untrusted=untrusted,
                             max_segments=max_segments, max_segment_size=max_segment_size,
                             seg_boundary_mask=seg_boundary_mask, virt_boundary=virt_boundary,
@@ -158,20 +169,29 @@ cdef class Device:
                             forcedac=forcedac, kernel_quirks=kernel_quirks)
         if iommu is not None and not isinstance(iommu, Iommu):
             raise AddressTypeError("an Iommu or None is wanted", argument="iommu", value=iommu)
-        self.iommu, self.memory, self.swiotlb = iommu, memory, swiotlb
+        if sum(x is not None for x in (xen, grants, backend, iommu)) > 1:
+            raise DmaValueError("at most one of iommu, xen, grants and backend", argument="backend", value=backend)
+        self.iommu, self.memory, self.swiotlb, self.pci, self.xen, self.grants = iommu, memory, swiotlb, pci, xen, grants
         if swiotlb is not None:
             self.c.swiotlb = <swiotlb_t *>&swiotlb.pool
         self._limits()
         self._ranges(dma_ranges)
         if backend is not None:
-            self.backend = CapsuleBackend(backend)
+            self.backend = CapsuleBackend(backend) if carries_ops(backend) else PythonBackend(backend)
+        elif grants is not None:
+            self.backend = GrantBackend(grants)
         elif iommu is not None and iommu.mode != "passthrough":
-            self.backend = IommuDomain(iommu, untrusted=untrusted)
+            window = () if pci is None else (pci.root.bus_window,)
+            self.backend = IommuDomain(iommu, untrusted=untrusted, reserved=window)
         else:
-            self.backend = DirectBackend()
+            self.backend = DirectBackend(xen)
         if memory is not None:
             self.c.mem = memory.mem
+            memory.watchers.add(self)
+            self.refresh_peers()
         self.backend.attach(&self.c)
+        if isinstance(self.backend, PythonBackend) and hasattr(backend, "attach"):
+            backend.attach(self)
 
     cdef _limits(self):
         c = self.config_
@@ -204,8 +224,32 @@ cdef class Device:
         self.c.ranges = self.ranges_
         self.c.nr_ranges = len(ranges)
 
+    def refresh_peers(self):
+        """Learn how this device reaches each BAR of its memory; PhysMemory calls it when one is added."""
+        peers = sorted(self.memory.peers, key=lambda bar: int(bar.phys()))
+        cdef dma_p2p *table
+        cdef uint32_t i
+        if not peers:
+            return
+        table = <dma_p2p *>calloc(1, sizeof(dma_p2p) + <size_t>len(peers) * sizeof(dma_p2p_range))
+        if table == NULL:
+            raise MemoryError("no memory for the peers")
+        table.nr = len(peers)
+        for i in range(table.nr):
+            bar = peers[i]
+            table.ranges[i].start.v, table.ranges[i].size = int(bar.phys()), bar.size
+            table.ranges[i].bus_offset = bar.bus_offset
+            table.ranges[i].type = DMA_P2P_NOT_SUPPORTED if self.pci is None else self.pci.reach(bar.function)
+            table.ranges[i].provider = i
+        self.old_p2p.append(<size_t>self.c.p2p)  # a driver may be reading it
+        self.c.p2p = table
+
     def __dealloc__(self):
+        cdef size_t old
         free(self.ranges_)
+        free(<void *>self.c.p2p)
+        for old in self.old_p2p or ():
+            free(<void *>old)
 
     def __repr__(self):
         return f"Device({self.backend.name}{'' if self.iommu is None else ', ' + repr(self.iommu)})"
@@ -263,7 +307,8 @@ cdef class Device:
     def fresh(self, **changes):
         """A device of the same kind on a fresh Iommu and pool of the same kind: nothing mapped, nothing cached."""
         return Device(**{"iommu": None if self.iommu is None else self.iommu.copy(), "memory": self.memory,
-                         "swiotlb": None if self.swiotlb is None else self.swiotlb.fresh(),
+                         "swiotlb": None if self.swiotlb is None else self.swiotlb.fresh(), "pci": self.pci,
+                         "xen": self.xen, "grants": None if self.grants is None else self.grants.fresh(),
                          **self.config_, **changes})
 
     @property

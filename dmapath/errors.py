@@ -133,6 +133,7 @@ _BY_ERRNO: dict[int, type[DmaError]] = {
     _errno.EPERM: PermissionDeniedError,
     _errno.EACCES: PermissionDeniedError,
     _errno.EOPNOTSUPP: NotSupportedError,
+    _errno.EREMOTEIO: NotSupportedError,
     _errno.ENOENT: StateError,
 }
 

@@ -13,7 +13,9 @@ cdef class PhysMemory:
     cdef readonly str layout
     cdef object frames_
     cdef uint64_t next_synthetic
+    cdef readonly list peers  # Bars of this machine
+    cdef readonly object watchers, notifiers  # devices that reach them; who must know when pages move
     cdef object __weakref__
     cdef _place(self, uint64_t base, seed)
-    cdef int add_frame(self, uint64_t phys, void *host) noexcept
+    cdef int add_frame(self, uint64_t phys, void *host, bint uncached=*) noexcept
     cdef void remove_frames(self, list frames)

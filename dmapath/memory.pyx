@@ -3,23 +3,24 @@
 import os
 import random
 import struct
+import weakref
 
 cimport cython
 from cpython.buffer cimport (
     PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
-from libc.errno cimport EEXIST, errno
+from libc.errno cimport EEXIST, ERANGE, errno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from dmapath._core cimport (
-    phys_mem_add, phys_mem_copy, phys_mem_destroy, phys_mem_full, phys_mem_init, phys_mem_read_lock,
+    phys_mem_add, phys_mem_copy, phys_mem_destroy, phys_mem_evict, phys_mem_full, phys_mem_init, phys_mem_read_lock,
     phys_mem_read_unlock, phys_mem_remove,
 )
 from dmapath.abi cimport phys_mem
 
 from dmapath.addr import PhysAddr, as_length, as_phys
-from dmapath.errors import DmaValueError, PermissionDeniedError, StateError, error_for
+from dmapath.errors import DmaValueError, NotSupportedError, PermissionDeniedError, StateError, error_for
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *, size_t, int, int, int, long)
@@ -29,6 +30,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 PAGE = 4096
 _LAYOUTS = ("contiguous", "scattered", "huge")
+_REFUSALS = {-EEXIST: "the frame is taken", -ERANGE: "page aligned and below 2**52"}
 
 
 def _runs(frames, offset, length, unit):
@@ -83,6 +85,7 @@ cdef class PhysMemory:
             raise error_for(errno, "the arena cannot be mapped", "size", self.size)
         self.arena = <char *>at
         self.next_synthetic = 1 << 50
+        self.peers, self.watchers, self.notifiers = [], weakref.WeakSet(), weakref.WeakSet()
         self._place(base, seed)
 
     cdef _place(self, uint64_t base, seed):
@@ -97,11 +100,11 @@ cdef class PhysMemory:
         for i in range(n):
             frame = self.frames_[i]
             for sub in range(0, unit, 4096):
-                if phys_mem_add(self.mem, frame + sub, self.arena + i * unit + sub):
+                if phys_mem_add(self.mem, frame + sub, self.arena + i * unit + sub, False):
                     raise MemoryError("no memory for a physical memory map")
 
-    cdef int add_frame(self, uint64_t phys, void *host) noexcept:
-        return phys_mem_add(self.mem, phys, host)
+    cdef int add_frame(self, uint64_t phys, void *host, bint uncached=False) noexcept:
+        return phys_mem_add(self.mem, phys, host, uncached)
 
     cdef void remove_frames(self, list frames):
         cdef size_t i, n = len(frames)
@@ -149,6 +152,44 @@ cdef class PhysMemory:
         if offset + length > self.size:
             raise DmaValueError(f"offset + length within {self.size} bytes", argument="length", value=length)
         return _runs(self.frames_, offset, length, self.page_size)
+
+    def add_peer(self, bar):
+        """Called by a Bar: this machine has it now, and devices learn how they reach it."""
+        self.peers.append(bar)
+        for device in self.watchers:
+            device.refresh_peers()
+
+    def evict(self):
+        """Let the CPU's caches write back every dirty line and drop the rest, as they may at any time.
+
+        Only devices that are not coherent can tell (their RAM and the CPU's view differ until a sync).
+        """
+        with nogil:
+            phys_mem_evict(self.mem)
+
+    def migrate(self, offset, length):
+        """Move the arena's pages that hold [offset, offset + length) to other physical frames, as the kernel does when it
+        compacts memory or a process remaps.
+
+        Everyone who asked (``OdpRegion``) is told first, with the bytes of the pages that go (mmu_notifier's
+        invalidate_range_start), and must not use the old frames afterwards: nothing is there any more.
+        """
+        cdef size_t first, last, i
+        cdef uint64_t frame
+        if self.page_size != PAGE:
+            raise NotSupportedError("huge pages do not move", argument="self", value=self)
+        offset, length = as_length(offset, "offset", least=0), as_length(length, "length")
+        if offset + length > self.size:
+            raise DmaValueError(f"offset + length within {self.size} bytes", argument="length", value=length)
+        first, last = offset // PAGE, (offset + length + PAGE - 1) // PAGE
+        for notifier in list(self.notifiers):
+            notifier.invalidate(self, first * PAGE, (last - first) * PAGE)
+        fresh = _synthetic(self, last - first, "scattered", first)
+        self.remove_frames(self.frames_[first:last])
+        for i in range(first, last):
+            frame = self.frames_[i] = fresh[i - first]
+            if phys_mem_add(self.mem, frame, self.arena + i * 4096, False):
+                raise MemoryError("no memory for a physical memory map")
 
     def read(self, phys, length):
         """Bytes at a physical address, as the CPU sees them."""
@@ -218,6 +259,10 @@ cdef class HostBuffer:
         Synthetic frames, apart or side by side; or the machine's own (needs CAP_SYS_ADMIN).
     writable : bool
         False takes a read-only buffer too; devices then must not write to it.
+    phys : int or None
+        Page-aligned physical address of its first page, for layout "contiguous"; None: anywhere.
+    uncached : bool
+        The CPU's caches never hold it (a BAR, coherent memory).
     """
 
     cdef Py_buffer view
@@ -227,7 +272,8 @@ cdef class HostBuffer:
     cdef object frames_
     cdef size_t offset
 
-    def __cinit__(self, obj, PhysMemory memory not None, *, layout="scattered", seed=0, writable=True):
+    def __cinit__(self, obj, PhysMemory memory not None, *, layout="scattered", seed=0, writable=True, phys=None,
+                  bint uncached=False):
         if layout not in ("scattered", "contiguous", "pagemap"):
             raise DmaValueError("scattered, contiguous or pagemap", argument="layout", value=layout)
         self.memory, self.layout, self.frames_ = memory, layout, []
@@ -238,16 +284,20 @@ cdef class HostBuffer:
         cdef size_t start = <size_t>self.view.buf
         self.offset = start & 4095
         n = (self.offset + self.view.len + PAGE - 1) // PAGE
-        frames = (_machine_frames(start - self.offset, n) if layout == "pagemap"
-                  else _synthetic(memory, n, layout, seed))
+        if phys is not None:
+            frames = [as_phys(phys) + i * PAGE for i in range(n)]
+        elif layout == "pagemap":
+            frames = _machine_frames(start - self.offset, n)
+        else:
+            frames = _synthetic(memory, n, layout, seed)
         cdef uint64_t frame
         cdef int rc
         for i, frame in enumerate(frames):
-            rc = phys_mem_add(memory.mem, frame, <char *>start - self.offset + <size_t>i * 4096)
+            rc = phys_mem_add(memory.mem, frame, <char *>start - self.offset + <size_t>i * 4096, uncached)
             if rc:
                 self.close()
-                raise error_for(-rc, "the frame is taken" if rc == -EEXIST else "no memory for the map", "layout",
-                                layout)
+                raise error_for(-rc, _REFUSALS.get(rc, "no memory for the map"), "layout" if phys is None else "phys",
+                                layout if phys is None else phys)
             self.frames_.append(frame)
 
     def __dealloc__(self):

@@ -1,10 +1,12 @@
 # cython: language_level=3
 """What a front end hands to the wrapper: physical vectors in order, iterated as the block layer iterates them."""
+from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport UINT32_MAX, UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_MAP_CHUNK, DMA_RQ_SG, dma_cursor, dma_limits, dma_request, phys_vec,
+    DMA_MAP_CHUNK, DMA_RQ_SG, DMAPATH_DEVICE_CAPSULE, dma_cursor, dma_device, dma_limits, dma_request, phys_addr, phys_vec,
 )
 
 from dmapath.addr import PhysAddr, as_length, as_phys
@@ -45,7 +47,8 @@ cdef uint32_t vec_fill(const dma_request *rq, dma_cursor *c, const dma_limits *l
             pos = 0
             v += 1
             while (v < end and at + rest == v.paddr.v and v.len <= largest - rest
-                   and at | mask == (v.paddr.v + v.len - 1) | mask):
+                   and at | mask == (v.paddr.v + v.len - 1) | mask
+                   and (lim.mergeable == NULL or lim.mergeable(lim.machine, phys_addr(v.paddr.v - 1), v.paddr))):
                 rest += v.len
                 v += 1
         out[n].paddr.v = at
@@ -133,14 +136,19 @@ cdef class Mappable:
 def iterate(Mappable source not None, limits):
     """Physical segments as the block layer's iterator gives them (blk_map_iter_next): list of (PhysAddr, bytes).
 
-    ``limits`` is any object with max_segment_size (bytes or None) and seg_boundary_mask.
+    ``limits`` is a Device, or any object with max_segment_size (bytes or None) and seg_boundary_mask.
     """
     cdef dma_limits lim
     cdef dma_cursor c
     cdef phys_vec window[64]
     cdef uint32_t n, i
-    lim.max_segment_size = limits.max_segment_size or UINT64_MAX
-    lim.seg_boundary_mask = limits.seg_boundary_mask
+    capsule = getattr(limits, "capsule", None)
+    memset(&lim, 0, sizeof(lim))
+    if capsule is not None:
+        lim = (<dma_device *>PyCapsule_GetPointer(capsule, DMAPATH_DEVICE_CAPSULE)).limits
+    else:
+        lim.max_segment_size = limits.max_segment_size or UINT64_MAX
+        lim.seg_boundary_mask = limits.seg_boundary_mask
     c.item = c.sub = c.pos = 0
     out = []
     while True:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import errno as _errno
 from typing import TYPE_CHECKING, NamedTuple
 
-from dmapath.errors import AlignmentError, DmaError, DmaValueError, NoMemoryError, error_for
+from dmapath.errors import (
+    AlignmentError,
+    DmaError,
+    DmaValueError,
+    NoMemoryError,
+    NotSupportedError,
+    error_for,
+)
 from dmapath.wrapper import RULE_BITS
 
 if TYPE_CHECKING:
@@ -56,6 +63,14 @@ RULES: dict[str, Rule] = {
     "link-failed": Rule("dma_iova_link", "a range could not be linked; what was linked is undone, nothing is retried"),
     "map-failed": Rule("dma_map_phys", "a range could not be mapped; what was mapped is undone"),
     "forget": Rule("dma_need_unmap", "direct and coherent: no address has to be kept for unmap"),
+    "p2p-bus": Rule("blk_dma_map_bus, hmm_dma_map_pfn (PCI_P2PDMA_MAP_BUS_ADDR)",
+                    "a peer below the same switch: the device is told its bus address, no IOVA and no unmap"),
+    "p2p-host-bridge": Rule("pci_p2pdma_map_type (THRU_HOST_BRIDGE)",
+                            "a peer that is reached through the host bridge: mapped like memory, as MMIO"),
+    "p2p-refused": Rule("pci_p2pdma_map_type (NOT_SUPPORTED)",
+                        "the device cannot reach that peer's memory: no common switch, and the host bridge does not forward"),
+    "p2p-mix": Rule("bio_add_page (zone_device_pages_compatible)",
+                    "Linux's bios hold memory of one kind and provider: the first segment decides for all"),
     "bounced": Rule("swiotlb_map",
                     "the device cannot use the buffer where it is: it is copied to the pool, and back at unmap"),
     "bounced-ends": Rule("iommu_dma_iova_link_swiotlb",
@@ -74,6 +89,10 @@ RULES: dict[str, Rule] = {
     "see-all": Rule("dma_direct_map_phys", "without an IOMMU the device can reach all memory under its mask"),
 }
 
+_REFUSALS: dict[str, type[DmaError]] = {
+    "alignment": AlignmentError, "virt-boundary": AlignmentError, "max-segments": DmaValueError,
+    "p2p-refused": NotSupportedError, "p2p-mix": DmaValueError,
+}  # fmt: skip
 _NAMES = {bit: name for name, bit in RULE_BITS.items()}
 
 
@@ -89,7 +108,7 @@ def case_of(layout: str, bits: int, segments: int) -> str:
     if layout in ("none", "direct"):
         return "empty" if layout == "none" else "direct"
     if layout == "linear":
-        return "iommu-aligned"
+        return "iommu-aligned-p2p" if bits & RULE_BITS["p2p-bus"] else "iommu-aligned"
     return "iommu-unaligned" if bits & (RULE_BITS["gap"] | RULE_BITS["gapped"] | RULE_BITS["non-coherent"]) else (
         "iommu-aligned")
 
@@ -119,10 +138,11 @@ def _first_bounce(device: Device, request: Mappable) -> tuple[int, int] | None:
 
 def refusal(device: Device, request: Mappable, errno: int, bits: int) -> DmaError:
     """The exception for a request that could not be mapped, naming the rule."""
-    for name in ("alignment", "virt-boundary", "max-segments"):
+    if errno == _errno.EREMOTEIO:  # map_sg says it without a bit
+        bits |= RULE_BITS["p2p-refused"]
+    for name, kind in _REFUSALS.items():
         if bits & RULE_BITS[name]:
             rule = RULES[name]
-            kind = DmaValueError if name == "max-segments" else AlignmentError
             return kind(f"{rule.text} [{rule.source}]", errno=errno, argument="request", value=request)
     bounce = _first_bounce(device, request)
     if bounce is not None and errno in (_errno.ENOMEM, _errno.EPERM, _errno.EIO):
@@ -139,10 +159,20 @@ def _bounce_text(device: Device, errno: int) -> str:
     return f"{need.text}, and {pool.text} [{need.source}; {pool.source}]"
 
 
+_GRANTS = {
+    _errno.ENODEV: "the device is broken: an unmap met a grant that the other domain still had mapped",
+    _errno.EOPNOTSUPP: "a resource cannot be granted",
+}
+
+
 def map_refusal(device: Device, errno: int, phys: int, size: int, attrs: int) -> str:
     """Why map_phys gave no address, in words."""
-    if errno == _errno.EOPNOTSUPP:
+    if errno == _errno.EOPNOTSUPP and device.backend.name != "grant":
         return "memory that must be coherent, on a device that is not [dma_map_phys, REQUIRE_COHERENT]"
+    if errno == _errno.EFAULT:
+        return "no machine frame is behind the address: ballooned out, or never populated [xen_phys_to_dma]"
+    if device.backend.name == "grant":
+        return f"{_GRANTS.get(errno, 'no run of free grant references is long enough')} [xen_grant_dma_map_page]"
     granule = device.merge_boundary + 1
     if granule == 1:
         pool = RULES["no-pool" if device.swiotlb is None else "pool-full"]

@@ -9,5 +9,6 @@ cdef class Swiotlb:
     cdef readonly size_t slots
     cdef readonly int areas
     cdef readonly object base
-    cdef readonly bint force
+    cdef readonly bint force, dynamic, restricted
+    cdef bint ready
     cdef list frames_

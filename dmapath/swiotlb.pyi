@@ -6,6 +6,8 @@ class Swiotlb:
     areas: int
     base: int
     force: bool
+    dynamic: bool
+    restricted: bool
     def __init__(
         self,
         memory: PhysMemory | None = None,
@@ -14,6 +16,8 @@ class Swiotlb:
         areas: int = 1,
         base: int = 1073741824,
         force: bool = False,
+        dynamic: bool = False,
+        restricted: bool = False,
     ) -> None: ...
     def __contains__(self, phys: int) -> bool: ...
     def fresh(self) -> Swiotlb: ...

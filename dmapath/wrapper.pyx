@@ -6,17 +6,17 @@ It knows ops tables and physical vectors, no memory kind and no particular backe
 choose).
 """
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport EINVAL, ENOMEM
+from libc.errno cimport EINVAL, ENOMEM, EREMOTEIO
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_DEV_COHERENT, DMA_LAYOUT_BOUNCED,
+    DMA_ATTR_MMIO, DMA_DEV_COHERENT, DMA_LAYOUT_BOUNCED,
     DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR, DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE,
-    DMA_MAP_CHUNK, DMA_POLICY_LINUX, DMA_RQ_SG, DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr,
-    dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter, dma_map_state, dma_policy,
-    dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t, phys_vec,
+    DMA_MAP_CHUNK, DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED, DMA_P2P_THRU_HOST_BRIDGE, DMA_POLICY_LINUX, DMA_RQ_SG, DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr,
+    dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter, dma_map_state, dma_p2p_at, dma_p2p_range,
+    dma_policy, dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t, phys_vec,
 )
 
 # One bit for each rule that can decide; dmapath.rules has the words.
@@ -38,13 +38,18 @@ cdef enum:
     R_MAP_FAILED = 1 << 14
     R_FORGET = 1 << 15
     R_BOUNCED = 1 << 16
+    R_P2P_BUS = 1 << 17
+    R_P2P_HOST = 1 << 18
+    R_P2P_REFUSED = 1 << 19
+    R_P2P_MIX = 1 << 20
 
 RULE_BITS = {
     "empty": R_EMPTY, "no-iova": R_NO_IOVA, "no-gap": R_NO_GAP, "gap": R_GAP, "iova-full": R_IOVA_FULL,
     "fits": R_FITS, "gapped": R_GAPPED, "non-coherent": R_NONCOHERENT, "umem-sg": R_UMEM_SG,
     "alignment": R_ALIGNMENT, "virt-boundary": R_VIRT_BOUNDARY, "max-segments": R_MAX_SEGMENTS,
     "segment-cut": R_SEGMENT_CUT, "link-failed": R_LINK_FAILED, "map-failed": R_MAP_FAILED, "forget": R_FORGET,
-    "bounced": R_BOUNCED,
+    "bounced": R_BOUNCED, "p2p-bus": R_P2P_BUS, "p2p-host-bridge": R_P2P_HOST, "p2p-refused": R_P2P_REFUSED,
+    "p2p-mix": R_P2P_MIX,
 }
 
 
@@ -256,22 +261,210 @@ cdef int start_unified(dma_device *dev, dma_map_state *st, dma_map_iter *it) noe
     return prepare_each(dev, st, it, s.n)
 
 
+# ---- peer-to-peer: a request that touches BARs --------------------------------------------------------------------
+
+cdef struct piece:  # part of a vector that lies in one kind of memory
+    phys_vec v
+    uint32_t type       # enum dma_p2p_type
+    uint32_t provider
+    uint64_t bus_offset
+
+
+# the next piece, or False after the last: vectors are cut where memory changes hands
+cdef bint next_piece(dma_device *dev, dma_map_iter *it, const dma_limits *lim, piece *out) noexcept nogil:
+    cdef const dma_p2p_range *r
+    cdef const phys_vec *v
+    cdef int inside = 0
+    if it.at == it.have:
+        if it.whole or window_load(it, lim) == 0:
+            return False
+    v = &it.window[it.at]
+    out.v.paddr = phys_addr(v.paddr.v + it.pos)
+    out.v.len = v.len - it.pos
+    out.type = DMA_P2P_NONE
+    r = dma_p2p_at(dev.p2p, out.v.paddr, &inside)
+    if inside:
+        out.type, out.provider, out.bus_offset = r.type, r.provider, r.bus_offset
+        if out.v.len > r.start.v + r.size - out.v.paddr.v:
+            out.v.len = r.start.v + r.size - out.v.paddr.v
+    elif r != NULL and out.v.len > r.start.v - out.v.paddr.v:
+        out.v.len = r.start.v - out.v.paddr.v
+    it.pos += out.v.len
+    if it.pos == v.len:
+        it.pos = 0
+        it.at += 1
+    return True
+
+
+cdef void restart_pieces(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
+    it.pos = 0
+    window_restart(it, lim)
+
+
+# which kinds of memory the request touches, as a set of bits; the window is left at the first vector
+cdef uint32_t p2p_scan(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    cdef uint32_t seen = 0
+    cdef piece p
+    it.whole = 0
+    while next_piece(dev, it, &dev.limits, &p):
+        seen |= 1 << p.type
+    restart_pieces(it, &dev.limits)
+    return seen
+
+
+# what the unified flow must know: bytes and granules for the IOMMU, where those pieces meet, and the segments
+cdef void measure_pieces(dma_device *dev, dma_map_iter *it, shape *s, uint64_t *linked, uint64_t *joints,
+                         uint32_t *runs) noexcept nogil:
+    cdef uint64_t gm = it.granule_mask, end = 0, last = 0
+    cdef bint before = False, first = True
+    cdef piece p
+    memset(s, 0, sizeof(shape))
+    linked[0] = joints[0] = 0
+    runs[0] = 0
+    while next_piece(dev, it, &dev.limits, &p):
+        s.bits |= p.v.paddr.v | p.v.len
+        if not first:
+            s.edges |= p.v.paddr.v | end
+        first = False
+        end = p.v.paddr.v + p.v.len
+        s.n += 1
+        if p.type == DMA_P2P_BUS_ADDR:
+            before = False
+            runs[0] += 1
+            continue
+        if linked[0]:
+            joints[0] |= p.v.paddr.v | last
+        last = end
+        runs[0] += not before
+        before = True
+        linked[0] += p.v.len
+        s.padded += ((end + gm) & ~gm) - (p.v.paddr.v & ~gm)
+    restart_pieces(it, &dev.limits)
+
+
+# link all pieces but the peers', with one sync; registers and memory differ in an attribute
+cdef int link_pieces(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gapped, uint64_t size) noexcept nogil:
+    cdef uint64_t gm = it.granule_mask, step
+    cdef unsigned long attrs
+    cdef piece p
+    cdef int rc = 0
+    st.mapped = 0
+    while rc == 0 and next_piece(dev, it, &dev.limits, &p):
+        if p.type == DMA_P2P_BUS_ADDR:
+            continue
+        attrs = st.attrs | DMA_ATTR_MMIO if p.type == DMA_P2P_THRU_HOST_BRIDGE else st.attrs
+        if gapped:
+            rc = dev.ops.iova_link_gapped(dev, &st.iova, &p.v, 1, st.mapped, <dma_data_direction>st.dir, attrs)
+            step = (p.v.len + (p.v.paddr.v & gm) + gm) & ~gm
+        else:
+            rc = dev.ops.iova_link_vec(dev, &st.iova, &p.v, 1, st.mapped, <dma_data_direction>st.dir, attrs)
+            step = p.v.len
+        st.mapped += step if rc == 0 else 0
+    if rc == 0:
+        rc = dev.ops.iova_sync(dev, &st.iova, 0, size)
+    if rc:
+        dma_iova_destroy(dev, &st.iova, st.mapped, <dma_data_direction>st.dir, st.attrs)
+        give_up(st, R_LINK_FAILED)
+        return rc
+    restart_pieces(it, &dev.limits)
+    return 0
+
+
+cdef phys_addr_t first_linked(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    cdef piece p
+    while next_piece(dev, it, &dev.limits, &p):
+        if p.type != DMA_P2P_BUS_ADDR:
+            break
+    restart_pieces(it, &dev.limits)
+    return p.v.paddr
+
+
+cdef int start_unified_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
+    cdef uint64_t gm = it.granule_mask, linked, joints, size
+    cdef uint32_t runs
+    cdef bint fits
+    cdef shape s
+    cdef int rc
+    measure_pieces(dev, it, &s, &linked, &joints, &runs)
+    fits = gm != 0 and joints & gm == 0
+    if fits:
+        s.n = runs
+    rc = limits_refuse(dev, st, it, &s, fits and runs == 1)
+    if rc:
+        return rc
+    if linked == 0:
+        return start_peer_alone(st)
+    if gm == 0:
+        st.rules |= R_NO_IOVA
+    elif fits or dev.flags & DMA_DEV_COHERENT:
+        st.rules |= R_FITS if fits else R_GAPPED
+        size = linked if fits else s.padded
+        if dev.ops.iova_try_alloc(dev, &st.iova, first_linked(dev, it) if fits else phys_addr(0), size):
+            st.layout = DMA_LAYOUT_LINEAR if fits else DMA_LAYOUT_GAPPED
+            it.next = st.iova.addr.v
+            return link_pieces(dev, st, it, not fits, size)
+        st.rules |= R_IOVA_FULL
+    else:
+        st.rules |= R_NONCOHERENT
+    return prepare_each(dev, st, it, s.n)
+
+
+# blk_dma_map_iter_start: the first vector's kind is the whole bio's, which bio_add_page has made sure of
+cdef int start_linux_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
+    cdef piece first, p
+    next_piece(dev, it, &dev.limits, &first)
+    while next_piece(dev, it, &dev.limits, &p):
+        if p.type != first.type or (p.type != DMA_P2P_NONE and p.provider != first.provider):
+            give_up(st, R_P2P_MIX)
+            return -EINVAL
+    restart_pieces(it, &dev.limits)
+    if first.type == DMA_P2P_BUS_ADDR:
+        return start_peer_alone(st)
+    it.p2p = 0
+    st.attrs |= DMA_ATTR_MMIO
+    return start_linux(dev, st, it)
+
+
+# nothing for the IOMMU to do, nothing to keep
+cdef int start_peer_alone(dma_map_state *st) noexcept nogil:
+    st.layout = DMA_LAYOUT_DIRECT
+    st.rules |= R_FORGET
+    return 0
+
+
+cdef int start_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_policy policy) noexcept nogil:
+    st.rules |= R_P2P_BUS if it.p2p & 1 << DMA_P2P_BUS_ADDR else 0
+    st.rules |= R_P2P_HOST if it.p2p & 1 << DMA_P2P_THRU_HOST_BRIDGE else 0
+    if it.p2p & 1 << DMA_P2P_NOT_SUPPORTED:
+        give_up(st, R_P2P_REFUSED)
+        # Linux's block layer says INVAL where everybody else says EREMOTEIO
+        return -EINVAL if policy == DMA_POLICY_LINUX and not it.rq.flags & DMA_RQ_SG else -EREMOTEIO
+    if policy != DMA_POLICY_LINUX:
+        return start_unified_p2p(dev, st, it)
+    return start_umem(dev, st, it) if it.rq.flags & DMA_RQ_SG else start_linux_p2p(dev, st, it)
+
+
 # ib_umem_get maps the page list with dma_map_sgtable
 cdef int start_umem(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
     cdef uint32_t n = 0, most, got
+    cdef piece p
     cdef dma_limits lim = dev.limits
     cdef phys_vec *v
     cdef int rc
     lim.max_segment_size = dev.sg_max_segment_size
     st.rules |= R_UMEM_SG
     st.sg = 1
-    most = count_vecs(it, &lim)
+    most = count_vecs(it, &lim) + (2 * dev.p2p.nr if it.p2p else 0)  # each range cuts two vectors at most
     v = <phys_vec *>take(<size_t>most * sizeof(phys_vec))
     st.saved = <dma_seg *>take(<size_t>most * sizeof(dma_seg))
     rc = 0 if v != NULL and st.saved != NULL else -ENOMEM
     if rc == 0:
+        restart_pieces(it, &lim)
+        while it.p2p and next_piece(dev, it, &lim, &p):
+            v[n] = p.v
+            n += 1
         window_rewind(it)
-        while n < most:
+        while not it.p2p and n < most:
             got = it.rq.fill(it.rq, &it.cursor, &lim, v + n, most - n)
             if got == 0:
                 break
@@ -316,11 +509,18 @@ cdef int map_start(dma_device *dev, const dma_request *rq, dma_policy policy, dm
     it.rq = rq
     it.next = it.left = 0
     it.whole = 0
+    it.p2p = 0
     it.granule_mask = dev.ops.merge_boundary(dev)
     window_rewind(it)
     if window_load(it, &dev.limits) == 0:
         st.rules = R_EMPTY
         return 0
+    if dev.p2p != NULL:
+        it.pos = it.held.len = 0
+        it.p2p = p2p_scan(dev, it)
+        if it.p2p != 1 << DMA_P2P_NONE:
+            return start_p2p(dev, st, it, policy)
+        it.p2p = 0
     if policy == DMA_POLICY_LINUX:
         return start_linux(dev, st, it)
     return start_unified(dev, st, it)
@@ -372,10 +572,12 @@ cdef inline int next_gapped(dma_device *dev, dma_map_iter *it, dma_seg *seg) noe
 
 cdef int next_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
     cdef const phys_vec *v = window_next(it, &dev.limits)
-    cdef int rc
-    if v == NULL:
-        return 0
-    rc = dev.ops.map_phys(dev, v.paddr, v.len, <dma_data_direction>st.dir, st.attrs, &seg.addr)
+    return 0 if v == NULL else map_one(dev, st, it, v, st.attrs, seg)
+
+
+cdef int map_one(dma_device *dev, dma_map_state *st, dma_map_iter *it, const phys_vec *v, unsigned long attrs,
+                 dma_seg *seg) noexcept nogil:
+    cdef int rc = dev.ops.map_phys(dev, v.paddr, v.len, <dma_data_direction>st.dir, attrs, &seg.addr)
     if rc:
         st.rules |= R_MAP_FAILED
         return rc
@@ -394,6 +596,40 @@ cdef int next_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg
     return 1
 
 
+# with peers in the request: their pieces by bus address, in their place among the others
+cdef int next_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    cdef uint64_t gm = it.granule_mask, off
+    cdef piece p
+    if it.left and st.layout == DMA_LAYOUT_LINEAR:
+        return next_linear(dev, st, it, seg)
+    if it.held.len:
+        seg[0] = it.held
+        it.held.len = 0
+        return 1
+    if not next_piece(dev, it, &dev.limits, &p):
+        return 0
+    if p.type == DMA_P2P_BUS_ADDR:
+        seg.addr = dma_addr(p.v.paddr.v + p.bus_offset)
+        seg.len = p.v.len
+        return 1
+    if st.layout == DMA_LAYOUT_GAPPED:
+        off = p.v.paddr.v & gm
+        seg.addr = dma_addr(it.next + off)
+        seg.len = p.v.len
+        it.next += (off + p.v.len + gm) & ~gm
+        return 1
+    if st.layout != DMA_LAYOUT_LINEAR:
+        return map_one(dev, st, it, &p.v, st.attrs | DMA_ATTR_MMIO if p.type == DMA_P2P_THRU_HOST_BRIDGE else st.attrs, seg)
+    it.left = p.v.len  # the run up to the next peer is one range
+    while next_piece(dev, it, &dev.limits, &p):
+        if p.type == DMA_P2P_BUS_ADDR:
+            it.held.addr = dma_addr(p.v.paddr.v + p.bus_offset)
+            it.held.len = p.v.len
+            break
+        it.left += p.v.len
+    return next_linear(dev, st, it, seg)
+
+
 cdef inline int next_saved(dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
     if it.at == st.nr_saved:
         return 0
@@ -403,6 +639,8 @@ cdef inline int next_saved(dma_map_state *st, dma_map_iter *it, dma_seg *seg) no
 
 
 cdef int map_next(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    if it.p2p and not st.sg:
+        return next_p2p(dev, st, it, seg) if st.layout != DMA_LAYOUT_NONE else 0
     if st.layout == DMA_LAYOUT_GAPPED:
         return next_gapped(dev, it, seg)
     if st.sg:

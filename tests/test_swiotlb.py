@@ -339,3 +339,128 @@ def test_areas_and_bad_pools() -> None:
         Swiotlb(memory, slots=128)
     for a in got:
         dev.unmap_phys(a, 2048)
+
+
+# ---- pools that grow, and pools of a device's own
+
+
+def test_a_dynamic_pool_serves_the_request_at_hand_and_then_grows() -> None:
+    memory = PhysMemory(1 << 21, base=BASE)
+    memoryview(memory)[:] = bytes(i * 11 & 255 for i in range(len(memory)))
+    pool = Swiotlb(memory, slots=128, force=True, dynamic=True)
+    dev = Device(memory=memory, swiotlb=pool, min_align_mask=0xFFF)
+    engine = DmaEngine(dev)
+    frames = memory.frames
+    held = [dev.map_phys(BASE + i * 0x20000 + 0x200, 0x20000) for i in range(3)]  # each more than half of a pool
+    c = pool.counters()
+    assert (c["pools"], c["transients"], c["bounces_live"]) == (2, 1, 3)  # one there, one for the second, one by the worker
+    for i, addr in enumerate(held):
+        assert int(addr) in pool
+        assert int(addr) & 0xFFF == 0x200
+        assert engine.read([(int(addr), 0x20000)]) == bytes(memory)[i * 0x20000 + 0x200 : (i + 1) * 0x20000 + 0x200]
+    for addr in held:
+        dev.unmap_phys(addr, 0x20000)
+    c = pool.counters()
+    assert (c["slots_used"], c["slots"], c["pools"]) == (0, 256, 2)  # the transient one is gone, the worker's stays
+    assert memory.frames == frames + 128 * 2048
+    with pytest.raises(DmaError):
+        memory.read(held[1], 1)
+    again = [dev.map_phys(BASE, 0x20000) for _ in range(2)]
+    assert pool.counters()["transients"] == 1
+    for addr in again:
+        dev.unmap_phys(addr, 0x20000)
+
+
+def test_a_dynamic_pool_inside_the_iova_path() -> None:
+    memory = PhysMemory(1 << 20, base=BASE)
+    pool = Swiotlb(memory, slots=128, dynamic=True)
+    dev = strict(memory=memory, swiotlb=pool, untrusted=True, min_align_mask=0xFFF)
+    engine = DmaEngine(dev)
+    before = live(dev)
+    mappings = [dev.map(Bio([(BASE + i * 0x2000 + 0x100, 0x1000)], op="read")) for i in range(80)]
+    assert pool.counters()["transients"] >= 1
+    for i, m in enumerate(mappings):
+        engine.write(m.segments, bytes([i]) * 0x1000)
+    for m in mappings:
+        m.unmap()
+    for i in range(80):
+        assert memory.read(BASE + i * 0x2000 + 0x100, 0x1000) == bytes([i]) * 0x1000
+    assert (pool.used, live(dev)) == (0, before)
+
+
+def test_growing_that_fails_refuses_and_leaves_nothing() -> None:
+    for nth in range(1, 12):
+        memory = PhysMemory(1 << 20, base=BASE)
+        pool = Swiotlb(memory, slots=128, force=True, dynamic=True)
+        dev = Device(memory=memory, swiotlb=pool)
+        held = dev.map_phys(BASE, 0x30000)
+        frames = memory.frames
+        pool.fail_nth(nth)
+        try:
+            addr = dev.map_phys(BASE, 0x30000)
+        except DmaError:
+            assert memory.frames == frames
+            dev.unmap_phys(held, 0x30000)
+            assert pool.used == 0
+            continue
+        pool.fail_nth(0)
+        assert nth > 4
+        dev.unmap_phys(addr, 0x30000)
+        dev.unmap_phys(held, 0x30000)
+        return
+    pytest.fail("never ran out of allocations")
+
+
+def test_other_memory_above_a_dynamic_pool_is_left_alone() -> None:
+    memory = PhysMemory(1 << 20, base=BASE)
+    pool = Swiotlb(memory, slots=128, force=True, dynamic=True)
+    with dmapath.HostBuffer(bytearray(b"z" * 4096), memory, layout="contiguous", phys=pool.base + 0x40000) as other:
+        dev = Device(memory=memory, swiotlb=pool)
+        held = [dev.map_phys(BASE, 0x30000) for _ in range(3)]
+        assert memory.read(other.vecs()[0][0], 4) == b"zzzz"
+        for addr in held:
+            dev.unmap_phys(addr, 0x30000)
+
+
+def test_a_restricted_pool_bounces_all_that_its_devices_map() -> None:
+    memory = PhysMemory(1 << 20, base=BASE)
+    own, common = Swiotlb(memory, slots=128, restricted=True), Swiotlb(memory, slots=128, base=0x60000000)
+    dev, other = Device(memory=memory, swiotlb=own), Device(memory=memory, swiotlb=common)
+    addr = dev.map_phys(BASE, 0x1000)
+    assert (int(addr) in own, other.map_phys(BASE, 0x1000)) == (True, BASE)
+    assert dev.counters()["bounces_live"] == 1
+    dev.unmap_phys(addr, 0x1000)
+    assert dev.counters()["bounces_live"] == 0
+    assert repr(own) == "Swiotlb(128 slots, restricted)"
+
+
+def test_threads_share_a_pool_that_grows() -> None:
+    import threading
+
+    memory = PhysMemory(1 << 20, base=BASE)
+    pool = Swiotlb(memory, slots=256, areas=2, force=True, dynamic=True)
+    dev = Device(memory=memory, swiotlb=pool)
+    engine = DmaEngine(dev)
+    wrong: list[BaseException] = []
+
+    def work(k: int) -> None:
+        try:
+            for i in range(60):
+                held = []
+                for j in range(6):
+                    at = BASE + (k * 8 + j) * 0x4000
+                    held.append((at, dev.map_phys(at, 0x4000, "from_device")))
+                    engine.write([(int(held[-1][1]), 0x4000)], bytes([k * 60 + i]) * 0x4000)
+                for at, addr in held:
+                    dev.unmap_phys(addr, 0x4000, "from_device")
+                    assert memory.read(at, 0x4000) == bytes([k * 60 + i]) * 0x4000
+        except BaseException as e:
+            wrong.append(e)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong, wrong
+    assert pool.used == 0

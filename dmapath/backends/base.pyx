@@ -2,7 +2,9 @@
 """What a backend is to a Device: an ops table, and counters to read."""
 from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
 
-from dmapath.abi cimport DMAPATH_ABI, DMAPATH_OPS_CAPSULE, dma_device, dma_ops, dma_ops_init
+from dmapath.abi cimport (
+    DMAPATH_ABI, DMAPATH_BUS_CAPSULE, DMAPATH_OPS_CAPSULE, dma_bus_ops, dma_device, dma_ops, dma_ops_init,
+)
 
 from dmapath.errors import AddressTypeError, DmaValueError
 
@@ -11,11 +13,12 @@ COUNTERS = (
     "iova_allocs", "iova_frees", "iova_live", "iova_live_bytes", "links", "syncs", "unlinks", "maps", "unmaps",
     "sg_maps", "sg_unmaps", "ptes_4k", "ptes_2m", "ptes_1g", "ptes_4k_live", "ptes_2m_live", "ptes_1g_live",
     "mapped_bytes", "invalidations", "invalidations_ranged", "invalidations_full", "sync_flushes",
-    "cache_clean_bytes", "cache_inval_bytes", "barriers", "faults", "queued",
+    "cache_clean_bytes", "cache_inval_bytes", "barriers", "faults", "queued", "bounces",
+    "bounces_live", "bounced_bytes",
 )
 #: Those of them that say what stands now, and so are 0 again when everything was unmapped and flushed.
 LIVE_COUNTERS = ("iova_live", "iova_live_bytes", "ptes_4k_live", "ptes_2m_live", "ptes_1g_live", "mapped_bytes",
-                 "queued")
+                 "queued", "bounces_live")
 
 
 cdef class Backend:
@@ -31,10 +34,16 @@ cdef class Backend:
         return dict.fromkeys(COUNTERS, 0)
 
 
+def carries_ops(owner):
+    """Whether an object is, or has as ``dma_ops``, a capsule with an ops table."""
+    return PyCapsule_IsValid(getattr(owner, "dma_ops", owner), DMAPATH_OPS_CAPSULE) != 0
+
+
 cdef class CapsuleBackend(Backend):
     """A backend from elsewhere: a capsule "dmapath.ops.v1" that holds a ``struct dma_ops *``.
 
-    The capsule's context becomes ``dma_device.priv``. The owner is kept alive as long as the device.
+    The capsule's context becomes ``dma_device.priv``. An attribute ``dma_bus``, a capsule "dmapath.bus.v1" with a ``struct
+    dma_bus_ops *``, lets simulated devices reach memory. The owner is kept alive as long as the device.
     """
 
     def __cinit__(self, owner):
@@ -55,6 +64,9 @@ cdef class CapsuleBackend(Backend):
     cdef int attach(self, dma_device *dev) except -1:
         dev.ops = &self.ops
         dev.priv = PyCapsule_GetContext(self.capsule)
+        bus = getattr(self.owner, "dma_bus", None)
+        if bus is not None:
+            dev.bus = <const dma_bus_ops *>PyCapsule_GetPointer(bus, DMAPATH_BUS_CAPSULE)
         return 0
 
     def counters(self):

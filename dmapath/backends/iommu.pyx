@@ -4,28 +4,28 @@
 Error codes and the order of checks are dma-iommu.c's; the numbers in comments are errno values it returns.
 """
 cimport cython
-from libc.errno cimport EINVAL, EIO, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ERANGE
-from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
+from libc.errno cimport EINVAL, EIO, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ERANGE, EREMOTEIO
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
 from dmapath._core cimport (
-    C_BARRIERS, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL, C_INVAL_RANGE, C_IOVA_ALLOC_BYTES,
+    C_BARRIERS, C_BOUNCED_BYTES, C_BOUNCES, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL, C_INVAL_RANGE, C_IOVA_ALLOC_BYTES,
     C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR, C_PTE_SET, C_SG_MAPS, C_SG_UNMAPS,
-    C_SYNC_FLUSH, C_SYNCS, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_BOUNCE, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS,
-    PROT_CACHE, PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, core_alloc, counter_read,
+    C_SYNC_FLUSH, C_SYNCS, C_UNBOUNCES, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_BOUNCE, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS,
+    PROT_CACHE, PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, core_alloc, counter_read, dma_mark_bounced,
     dom_alloc_iova, dom_attach, dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova,
     dom_granule, dom_iova_to_phys, dom_link_gapped, dom_link_page, dom_link_vec, dom_map, dom_off, dom_queued,
     dom_record, dom_sync_map, dom_unmap, dom_unmap_free, dom_up, fail_point, iommu_domain, iommu_domain_config,
     iommu_domain_create, iommu_domain_free, iommu_unit, iommu_unit_advance, iommu_unit_destroy, iommu_unit_init,
     iova_alloc_fast, iova_cached_ranges, iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup,
-    pgt_walk, swiotlb_has, swiotlb_map, swiotlb_sync, swiotlb_unmap, swiotlb_want, swiotlb_zero_around,
+    pgt_walk, phys_mem_clean, phys_mem_inval, swiotlb_has, swiotlb_map, swiotlb_sync, swiotlb_unmap, swiotlb_want, swiotlb_zero_around,
 )
 from dmapath.abi cimport (
     DMAPATH_ABI, DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_FROM_DEVICE, DMA_IOVA_USE_SWIOTLB, DMA_NONE,
-    DMA_TO_DEVICE, dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_iova_size,
-    dma_iova_state, dma_ops, dma_ops_init, dma_seg, phys_addr_t, phys_vec,
+    DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_iova_size,
+    dma_iova_state, dma_ops, dma_ops_init, dma_p2p_find, dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 
@@ -41,11 +41,8 @@ _MODES = ("strict", "lazy", "passthrough")
 cdef extern from *:
     """
     #define unlikely(x) __builtin_expect(!!(x), 0)
-    /* the first bounce ends the device's licence to forget its addresses, for good */
-    #define mark_bounced(dev) ((void)__atomic_fetch_or(&(dev)->flags, DMA_DEV_BOUNCED, __ATOMIC_RELAXED))
     """
     bint unlikely(bint) noexcept nogil
-    void mark_bounced(dma_device *) noexcept nogil
 
 
 cdef inline iommu_domain *domain_of(dma_device *dev) noexcept nogil:
@@ -78,9 +75,37 @@ cdef void barrier(iommu_domain *d) noexcept nogil:
     note(d, EV_BARRIER, 0, 0, 0)
 
 
-cdef void clean_for_device(iommu_domain *d, uint64_t phys, uint64_t size) noexcept nogil:
-    count(d.counters, C_CACHE_CLEAN, size)
-    note(d, EV_CLEAN, phys, size, 0)
+cdef void clean_for_device(dma_device *dev, uint64_t phys, uint64_t size) noexcept nogil:
+    count(domain_of(dev).counters, C_CACHE_CLEAN, size)
+    note(domain_of(dev), EV_CLEAN, phys, size, 0)
+    phys_mem_clean(dev.mem, phys, size)
+
+
+cdef void inval_for_cpu(dma_device *dev, uint64_t phys, uint64_t size) noexcept nogil:
+    count(domain_of(dev).counters, C_CACHE_INVAL, size)
+    note(domain_of(dev), EV_CACHE_INVAL, phys, size, 0)
+    phys_mem_inval(dev.mem, phys, size)
+
+
+# cache maintenance of [addr, addr + size) as it lies in memory, granule by granule; devices' registers have no cache
+cdef void maintain(dma_device *dev, uint64_t addr, uint64_t size, bint for_cpu) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t end = addr + size, phys, n
+    while addr < end:
+        n = dom_granule(d) - dom_off(d, addr)
+        n = n if n < end - addr else end - addr
+        phys = dom_iova_to_phys(d, addr)
+        if phys and not mmio_at(d, addr):
+            if for_cpu:
+                inval_for_cpu(dev, phys, n)
+            else:
+                clean_for_device(dev, phys, n)
+        addr += n
+
+
+cdef inline bint mmio_at(iommu_domain *d, uint64_t iova) noexcept nogil:
+    cdef unsigned level
+    return pgt_lookup(&d.pgt, iova, &level) & PROT_MMIO != 0
 
 
 # ---- two steps ----------------------------------------------------------------------------------------------------
@@ -116,14 +141,21 @@ cdef int bounce(dma_device *dev, uint64_t phys, uint64_t size, uint64_t *out) no
         return -ENOMEM
     if dev.flags & DMA_DEV_UNTRUSTED:
         swiotlb_zero_around(dev.swiotlb, out[0], size, dom_granule(d) - 1)
-    mark_bounced(dev)
+    dma_mark_bounced(dev)
+    count(d.counters, C_BOUNCES, 1)
+    count(d.counters, C_BOUNCED_BYTES, size)
     note(d, EV_BOUNCE, phys, size, out[0])
     return 0
 
 
+cdef inline void drop_bounce(dma_device *dev, uint64_t phys, bint copy_back) noexcept nogil:
+    swiotlb_unmap(dev.swiotlb, phys, copy_back)
+    count(domain_of(dev).counters, C_UNBOUNCES, 1)
+
+
 cdef inline void unbounce(dma_device *dev, uint64_t phys, dma_data_direction dir, unsigned long attrs) noexcept nogil:
     if swiotlb_has(dev.swiotlb, phys):
-        swiotlb_unmap(dev.swiotlb, phys, dir != DMA_TO_DEVICE and not attrs & DMA_ATTR_SKIP_CPU_SYNC)
+        drop_bounce(dev, phys, dir != DMA_TO_DEVICE and not attrs & DMA_ATTR_SKIP_CPU_SYNC)
 
 
 # undo links of a call that fails: nothing is copied back
@@ -146,7 +178,7 @@ cdef int bounce_and_link(dma_device *dev, dma_iova_state *st, uint64_t addr, uin
     memset(&w, 0, sizeof(w))
     rc = dom_map(d, &w, addr - pad, at - pad, dom_up(d, size + pad), prot)
     if rc:
-        swiotlb_unmap(dev.swiotlb, at, False)
+        drop_bounce(dev, at, False)
         return rc
     st.size |= DMA_IOVA_USE_SWIOTLB
     return 0
@@ -234,7 +266,7 @@ cdef void clean_linked(dma_device *dev, const phys_vec *v, uint32_t n) noexcept 
     cdef uint32_t i
     for i in range(n):
         off = dom_off(d, v[i].paddr.v)
-        clean_for_device(d, v[i].paddr.v - off, dom_up(d, v[i].len + off))
+        clean_for_device(dev, v[i].paddr.v - off, dom_up(d, v[i].len + off))
 
 
 # dma_iova_link, n times in one walk
@@ -313,9 +345,8 @@ cdef void unlink_slow(dma_device *dev, uint64_t addr, uint64_t size, dma_data_di
             break
         n = dom_granule(d) - dom_off(d, addr)
         n = n if n < end - addr else end - addr
-        if cpu_sync(dev, attrs):
-            count(d.counters, C_CACHE_INVAL, n)
-            note(d, EV_CACHE_INVAL, phys, n, 0)
+        if cpu_sync(dev, attrs) and not mmio_at(d, addr):
+            inval_for_cpu(dev, phys, n)
         unbounce(dev, phys, dir, attrs)
         addr += n
     if cpu_sync(dev, attrs):
@@ -379,10 +410,10 @@ cdef int iommu_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
             rc = -ENOMEM  # all that DMA_MAPPING_ERROR tells
     if rc:
         if bounced:
-            swiotlb_unmap(dev.swiotlb, at, False)
+            drop_bounce(dev, at, False)
         return rc
     if cpu_sync(dev, attrs):
-        clean_for_device(d, phys.v, size)
+        clean_for_device(dev, at, size)
         barrier(d)
     dom_sync_map(d, iova, span)
     count(d.counters, C_MAPS, 1)
@@ -399,9 +430,8 @@ cdef int iommu_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_d
         phys = dom_iova_to_phys(d, addr.v)
         if phys == 0:
             return -ENOENT  # Linux warns and does nothing
-        if cpu_sync(dev, attrs):
-            count(d.counters, C_CACHE_INVAL, size)
-            note(d, EV_CACHE_INVAL, phys, size, 0)
+        if cpu_sync(dev, attrs) and not mmio_at(d, addr.v):
+            inval_for_cpu(dev, phys, size)
             barrier(d)
     done = dom_unmap_free(d, addr.v - off, span)
     unbounce(dev, phys, dir, attrs)
@@ -409,21 +439,32 @@ cdef int iommu_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_d
     return 0 if done == span else -ENOENT
 
 
+# how the device reaches an address: NONE is memory of the host's
+cdef inline uint32_t bus_type(dma_device *dev, phys_addr_t phys) noexcept nogil:
+    cdef const dma_p2p_range *r = dma_p2p_find(dev, phys)
+    return DMA_P2P_NONE if r == NULL else r.type
+
+
 # iommu_dma_map_sg, its first pass: bytes of IOVA each entry takes, padded so that no segment crosses a boundary
 cdef uint64_t sg_spans(dma_device *dev, const phys_vec *v, uint32_t n, uint64_t *span) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
     cdef uint64_t mask = dev.limits.seg_boundary_mask, total = 0, pad, mine
+    cdef int64_t prev = -1
     cdef uint32_t i
     for i in range(n):
         if v[i].len == 0 or v[i].len > (1ULL << 62) - total:
-            return 0
+            return UINT64_MAX
+        if bus_type(dev, v[i].paddr) == DMA_P2P_BUS_ADDR:
+            span[i] = 0
+            continue
         mine = dom_up(d, v[i].len + dom_off(d, v[i].paddr.v))
         pad = (mask - total + 1) & mask
-        if i and pad and pad < mine - 1:
-            span[i - 1] += pad
+        if prev >= 0 and pad and pad < mine - 1:
+            span[prev] += pad
             total += pad
         span[i] = mine
         total += mine
+        prev = i
     return total
 
 
@@ -438,6 +479,8 @@ cdef int sg_map_runs(dma_device *dev, const phys_vec *v, uint32_t n, const uint6
     memset(&w, 0, sizeof(w))
     for i in range(n + 1):
         if i < n:
+            if span[i] == 0:
+                continue  # a peer's: its bus address needs no page table
             phys = v[i].paddr.v - dom_off(d, v[i].paddr.v)
             if size and start + size == phys:
                 size += span[i]
@@ -464,6 +507,12 @@ cdef int sg_finalise(dma_device *dev, const phys_vec *v, uint32_t n, const uint6
     cdef int nents = 0
     for i in range(n):
         off = dom_off(d, v[i].paddr.v)
+        if span[i] == 0:
+            out[nents].addr = dma_addr(v[i].paddr.v + dma_p2p_find(dev, v[i].paddr).bus_offset)
+            out[nents].len = v[i].len
+            nents += 1
+            cur = 0
+            continue
         if cur and off == 0 and iova & mask and cur <= most and most - cur >= v[i].len:
             cur += v[i].len
         else:
@@ -480,14 +529,28 @@ cdef int sg_finalise(dma_device *dev, const phys_vec *v, uint32_t n, const uint6
 # untrusted devices: each entry alone (iommu_dma_map_sg_swiotlb)
 cdef int sg_one_by_one(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_direction dir, unsigned long attrs,
                        dma_seg *out) noexcept nogil:
-    cdef uint32_t i, j
+    cdef uint32_t i
+    cdef uint32_t type
     for i in range(n):
-        if iommu_map_phys(dev, v[i].paddr, v[i].len, dir, attrs, &out[i].addr):
-            for j in range(i):
-                iommu_unmap_phys(dev, out[j].addr, out[j].len, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC)
-            return -EIO
+        type = bus_type(dev, v[i].paddr)
         out[i].len = v[i].len
+        if type == DMA_P2P_BUS_ADDR:
+            out[i].addr = dma_addr(v[i].paddr.v + dma_p2p_find(dev, v[i].paddr).bus_offset)
+        elif iommu_map_phys(dev, v[i].paddr, v[i].len, dir, attrs if type == DMA_P2P_NONE else attrs | DMA_ATTR_MMIO,
+                            &out[i].addr):
+            sg_release(dev, out, i, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC)
+            return -EIO
     return <int>n
+
+
+cdef int sg_release(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_direction dir,
+                    unsigned long attrs) noexcept nogil:
+    cdef uint32_t i
+    cdef int rc = 0, one
+    for i in range(n):
+        one = 0 if dma_p2p_peer(dev, s[i].addr) != NULL else iommu_unmap_phys(dev, s[i].addr, s[i].len, dir, attrs)
+        rc = rc if rc else one
+    return rc
 
 
 cdef int iommu_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_direction dir, unsigned long attrs,
@@ -501,15 +564,18 @@ cdef int iommu_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_d
         return -EINVAL
     if attrs & DMA_ATTR_REQUIRE_COHERENT and not dev.flags & DMA_DEV_COHERENT:
         return -EOPNOTSUPP
+    for i in range(n if dev.p2p != NULL else 0):
+        if bus_type(dev, v[i].paddr) == DMA_P2P_NOT_SUPPORTED:
+            return -EREMOTEIO
     if dev.flags & DMA_DEV_UNTRUSTED:
         return sg_one_by_one(dev, v, n, dir, attrs, out)
     span = <uint64_t *>core_alloc(&d.fail, n * sizeof(uint64_t))
     if span == NULL:
         return -ENOMEM
     total = sg_spans(dev, v, n, span)
-    iova = dom_alloc_iova(d, dev, total) if total else 0
-    rc = 0 if iova else (-ENOMEM if total else -EINVAL)
-    if rc == 0:
+    iova = dom_alloc_iova(d, dev, total) if total and total != UINT64_MAX else 0
+    rc = 0 if iova or total == 0 else (-EINVAL if total == UINT64_MAX else -ENOMEM)
+    if rc == 0 and total:
         rc = sg_map_runs(dev, v, n, span, iova, prot_of(dev, dir, attrs))
         if rc:
             dom_free_iova(d, iova, total)
@@ -517,9 +583,11 @@ cdef int iommu_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_d
     if rc == 0:
         if cpu_sync(dev, attrs):
             for i in range(n):
-                clean_for_device(d, v[i].paddr.v, v[i].len)
+                if span[i]:
+                    clean_for_device(dev, v[i].paddr.v, v[i].len)
             barrier(d)
-        dom_sync_map(d, iova, total)
+        if total:
+            dom_sync_map(d, iova, total)
         count(d.counters, C_SG_MAPS, 1)
         rc = sg_finalise(dev, v, n, span, iova, out)
     free(span)
@@ -529,48 +597,61 @@ cdef int iommu_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_d
 cdef int iommu_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_direction dir,
                         unsigned long attrs) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t first, last, done
+    cdef uint64_t first = 0, last = 0, done
+    cdef bint any = False
     cdef uint32_t i
-    cdef int rc = 0, one
     if n == 0:
         return -EINVAL
     if dev.flags & DMA_DEV_UNTRUSTED:
-        for i in range(n):
-            one = iommu_unmap_phys(dev, s[i].addr, s[i].len, dir, attrs)
-            rc = rc if rc else one
-        return rc
-    first = s[0].addr.v - dom_off(d, s[0].addr.v)
-    last = dom_up(d, s[n - 1].addr.v + s[n - 1].len)
+        return sg_release(dev, s, n, dir, attrs)
+    for i in range(n):  # the span of all that is not a peer's
+        if dma_p2p_peer(dev, s[i].addr) != NULL:
+            continue
+        if not any:
+            first = s[i].addr.v - dom_off(d, s[i].addr.v)
+        any = True
+        last = dom_up(d, s[i].addr.v + s[i].len)
+        if cpu_sync(dev, attrs):
+            maintain(dev, s[i].addr.v, s[i].len, True)
     if cpu_sync(dev, attrs):
-        for i in range(n):
-            count(d.counters, C_CACHE_INVAL, s[i].len)
-            note(d, EV_CACHE_INVAL, dom_iova_to_phys(d, s[i].addr.v), s[i].len, 0)
         barrier(d)
-    done = dom_unmap_free(d, first, last - first)
     count(d.counters, C_SG_UNMAPS, 1)
+    if not any:
+        return 0
+    done = dom_unmap_free(d, first, last - first)
     return 0 if done == last - first else -ENOENT
 
 
 cdef int iommu_sync_for_cpu(dma_device *dev, dma_addr_t addr, uint64_t size,
                             dma_data_direction dir) noexcept nogil:
-    cdef iommu_domain *d = domain_of(dev)
     if not dev.flags & DMA_DEV_COHERENT:
-        count(d.counters, C_CACHE_INVAL, size)
-        note(d, EV_CACHE_INVAL, dom_iova_to_phys(d, addr.v), size, 0)
-        barrier(d)
-    if dev.swiotlb != NULL and dir != DMA_TO_DEVICE and iommu_is_bounced(dev, addr):
-        swiotlb_sync(dev.swiotlb, dom_iova_to_phys(d, addr.v), size, False)
+        maintain(dev, addr.v, size, True)
+        barrier(domain_of(dev))
+    if dev.swiotlb != NULL and dir != DMA_TO_DEVICE:
+        sync_bounced(dev, addr.v, size, False)
     return 0
+
+
+# copy what bounced of [addr, addr + size), granule by granule: a two-step range bounces at its ends alone
+cdef void sync_bounced(dma_device *dev, uint64_t addr, uint64_t size, bint to_pool) noexcept nogil:
+    cdef iommu_domain *d = domain_of(dev)
+    cdef uint64_t end = addr + size, phys, n
+    while addr < end:
+        n = dom_granule(d) - dom_off(d, addr)
+        n = n if n < end - addr else end - addr
+        phys = dom_iova_to_phys(d, addr)
+        if swiotlb_has(dev.swiotlb, phys):
+            swiotlb_sync(dev.swiotlb, phys, n, to_pool)
+        addr += n
 
 
 cdef int iommu_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size,
                                dma_data_direction dir) noexcept nogil:
-    cdef iommu_domain *d = domain_of(dev)
-    if dev.swiotlb != NULL and dir != DMA_FROM_DEVICE and iommu_is_bounced(dev, addr):
-        swiotlb_sync(dev.swiotlb, dom_iova_to_phys(d, addr.v), size, True)
+    if dev.swiotlb != NULL and dir != DMA_FROM_DEVICE:
+        sync_bounced(dev, addr.v, size, True)
     if not dev.flags & DMA_DEV_COHERENT:
-        clean_for_device(d, dom_iova_to_phys(d, addr.v), size)
-        barrier(d)
+        maintain(dev, addr.v, size, False)
+        barrier(domain_of(dev))
     return 0
 
 
@@ -730,7 +811,7 @@ cdef class IommuDomain(Backend):
     cdef readonly str mode
     name = "iommu"
 
-    def __cinit__(self, Iommu iommu, *, untrusted=False):
+    def __cinit__(self, Iommu iommu, *, untrusted=False, reserved=()):
         cdef iommu_domain_config cfg
         # a group with an untrusted device is strict whatever the default says (iommu_get_def_domain_type)
         self.mode = "strict" if untrusted else iommu.mode
@@ -744,7 +825,7 @@ cdef class IommuDomain(Backend):
         if rc:
             raise error_for(-rc, "no memory for a domain", "iommu", iommu)
         cdef unsigned shift = self.dom.granule_shift
-        for lo, hi in iommu.reserved:
+        for lo, hi in (*iommu.reserved, *reserved):
             if iova_reserve(&self.dom.iova, lo >> shift, hi >> shift):
                 raise error_for(ENOMEM, "no memory for a reserved region", "iommu", iommu)
         dma_ops_init(&self.ops, &iommu_ops)
@@ -778,7 +859,7 @@ cdef class IommuDomain(Backend):
             c[C_UNMAPS], c[C_SG_MAPS], c[C_SG_UNMAPS], *set_, *live,
             live[0] * 4096 + (live[1] << 21) + (live[2] << 30), c[C_INVAL_RANGE] + c[C_INVAL_FULL],
             c[C_INVAL_RANGE], c[C_INVAL_FULL], c[C_SYNC_FLUSH], c[C_CACHE_CLEAN], c[C_CACHE_INVAL], c[C_BARRIERS],
-            c[C_FAULTS], dom_queued(self.dom),
+            c[C_FAULTS], dom_queued(self.dom), c[C_BOUNCES], c[C_BOUNCES] - c[C_UNBOUNCES], c[C_BOUNCED_BYTES],
         )
         return dict(zip(COUNTERS, values, strict=True))
 
@@ -847,6 +928,15 @@ cdef class IommuDomain(Backend):
     def record(self, bint on):
         """Start (empty) or stop the record of events."""
         dom_record(self.dom, on)
+
+    def take_events(self):
+        """The events since the last call, as ``events`` gives them but with the simulated time in ns as a fifth number; the
+        record goes on, empty."""
+        cdef uint64_t i
+        out = [(_EVENTS[self.dom.log.e[i].kind], self.dom.log.e[i].a, self.dom.log.e[i].b, self.dom.log.e[i].c,
+                self.dom.log.e[i].now) for i in range(self.dom.log.n)]
+        dom_record(self.dom, True)
+        return out
 
     def events(self):
         """What happened since ``record(True)``: list of tuples (kind, a, b, c), plain integers.

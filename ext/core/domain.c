@@ -4,7 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
-void log_event(struct event_log *l, enum event_kind k, uint64_t a, uint64_t b, uint64_t c)
+void log_event(struct event_log *l, uint64_t now, enum event_kind k, uint64_t a, uint64_t b, uint64_t c)
 {
     lock_acquire(&l->lock);
     if (l->n == l->cap) {
@@ -17,7 +17,7 @@ void log_event(struct event_log *l, enum event_kind k, uint64_t a, uint64_t b, u
         l->e = e;
         l->cap = cap;
     }
-    l->e[l->n++] = (struct event){ k, a, b, c };
+    l->e[l->n++] = (struct event){ k, a, b, c, now };
     lock_release(&l->lock);
 }
 
@@ -459,11 +459,14 @@ void iommu_unit_advance(struct iommu_unit *u, uint64_t ns)
 
 enum { BATCH = 16 }; /* pages moved under one hold of the IOTLB's lock */
 
-/* Move what one translation covers; returns the bytes, fewer where memory ends. */
-static inline uint64_t move(const struct phys_mem *m, const struct xlate *x, char *mine, uint64_t n, int write)
+/* Move what one translation covers; returns the bytes, fewer where memory ends or the host bridge forwards nothing. */
+static inline uint64_t move(struct phys_mem *m, const struct dma_device *dev, const struct xlate *x, char *mine, uint64_t n,
+                            int write)
 {
-    if (unlikely(!x->host || n > 4096 - (x->phys & 4095)))
-        return phys_mem_copy(m, x->phys, mine, n, write);
+    if (unlikely(dev->p2p) && p2p_dropped(dev, x->phys))
+        return 0;
+    if (unlikely(!x->host || n > 4096 - (x->phys & 4095) || !(dev->flags & DMA_DEV_COHERENT)))
+        return phys_mem_dma(m, dev, x->phys, mine, n, write);
     if (write)
         memcpy(x->host, mine, n);
     else
@@ -473,8 +476,8 @@ static inline uint64_t move(const struct phys_mem *m, const struct xlate *x, cha
 
 /* Bytes are moved with the IOTLB's lock held: an invalidation that has returned has seen every access end that used what
  * it dropped, as the drain of a hardware invalidation does. */
-int dom_bus_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova, uint64_t len, void *buf, int write,
-                   struct dma_fault *f)
+static int translated_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova, uint64_t len, void *buf,
+                             int write, struct dma_fault *f)
 {
     struct phys_mem *m = dev->mem;
     struct iotlb *t = &d->unit->tlb;
@@ -495,7 +498,7 @@ int dom_bus_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova
                 break;
             }
             uint64_t want = x.left < len - done ? x.left : len - done;
-            uint64_t moved = move(m, &x, (char *)buf + done, want, write);
+            uint64_t moved = move(m, dev, &x, (char *)buf + done, want, write);
             done += moved;
             if (unlikely(moved < want)) {
                 reason = DMA_FAULT_BUS;
@@ -511,4 +514,31 @@ int dom_bus_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova
     note(d, EV_FAULT, iova + done, reason, (uint64_t)write);
     *f = (struct dma_fault){ dma_addr(iova + done), done, reason, (uint32_t)write };
     return -EFAULT;
+}
+
+int dom_bus_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova, uint64_t len, void *buf, int write,
+                   struct dma_fault *f)
+{
+    if (likely(!dev->p2p))
+        return translated_access(d, dev, iova, len, buf, write, f);
+    for (uint64_t done = 0, n, phys; done < len; done += n) {
+        n = p2p_route(dev, iova + done, len - done, &phys);
+        char *mine = (char *)buf + done;
+        if (!phys) {
+            int rc = translated_access(d, dev, iova + done, n, mine, write, f);
+            f->done += rc ? done : 0;
+            if (rc)
+                return rc;
+            continue;
+        }
+        phys_mem_read_lock(dev->mem); /* a peer below the same switch: the IOMMU never sees it */
+        uint64_t moved = phys_mem_copy(dev->mem, phys, mine, n, write);
+        phys_mem_read_unlock(dev->mem);
+        if (moved < n) {
+            *f = (struct dma_fault){ dma_addr(iova + done + moved), done + moved, DMA_FAULT_BUS, (uint32_t)write };
+            count(d->counters, C_FAULTS, 1);
+            return -EFAULT;
+        }
+    }
+    return 0;
 }

@@ -18,7 +18,7 @@ struct fq { struct lock lock; uint32_t head, tail; struct fq_entry e[FQ_SIZE]; }
 /* One thing that happened, for those who asked (explain, replay, tests). */
 enum event_kind { EV_ALLOC, EV_FREE, EV_MAP, EV_UNMAP, EV_SYNC, EV_FLUSH, EV_FLUSH_NP, EV_FLUSH_ALL, EV_CLEAN,
                   EV_CACHE_INVAL, EV_BARRIER, EV_FAULT, EV_BOUNCE };
-struct event { uint64_t kind, a, b, c; };
+struct event { uint64_t kind, a, b, c, now; }; /* now: ns of the unit's simulated time */
 struct event_log { struct lock lock; bool on; struct event *e; uint64_t n, cap; };
 
 struct iommu_domain;
@@ -95,11 +95,11 @@ void dom_flush_queues(struct iommu_domain *); /* flush now, free what may go */
 uint64_t dom_queued(struct iommu_domain *);
 
 void dom_record(struct iommu_domain *, bool on);
-RARE void log_event(struct event_log *, enum event_kind, uint64_t a, uint64_t b, uint64_t c);
+RARE void log_event(struct event_log *, uint64_t now, enum event_kind, uint64_t a, uint64_t b, uint64_t c);
 static inline void note(struct iommu_domain *d, enum event_kind k, uint64_t a, uint64_t b, uint64_t c)
 {
     if (unlikely(load_relaxed(&d->log.on)))
-        log_event(&d->log, k, a, b, c);
+        log_event(&d->log, load_relaxed(&d->unit->now_ns), k, a, b, c);
 }
 
 /* dma_iova_link as it nearly always is: one range within one page, in a table that exists. false: take the long way. */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* A bounce-buffer pool as Linux 7.3's kernel/dma/swiotlb.c keeps it: slots of 2 KiB, segments of 128, areas with a lock
- * each. Placement, alignment and copying are its own; the pool's bytes are part of the machine's physical memory. */
+ * each, and, where it may grow, further pools behind the first. Placement, alignment and copying are its own; the pool's
+ * bytes are part of the machine's physical memory. */
 #ifndef DMAPATH_SWIOTLB_H
 #define DMAPATH_SWIOTLB_H
 
@@ -24,28 +25,42 @@ struct swiotlb_want { /* what a device asks of a bounce buffer */
     uint64_t min_align_mask, alloc_align_mask, boundary_mask;
 };
 
+struct tlb_pool { /* one run of slots */
+    struct tlb_pool *next;
+    char *host;
+    uint64_t start;       /* physical, a multiple of 256 KiB */
+    uint32_t slots, areas, area_slots;
+    bool transient;       /* made for one mapping, gone with it */
+    struct tlb_slot *slot;
+    uint64_t *busy;       /* a bit for each slot: two words are a segment, so no word is shared between areas */
+    struct tlb_area *area;
+};
+
 struct swiotlb;
 /* A pool carries its functions, so that back ends in other extensions need this header and nothing to link. */
 struct swiotlb_ops {
     int (*map)(struct swiotlb *, const struct swiotlb_want *, uint64_t orig, uint64_t size, uint64_t *out);
     void (*unmap)(struct swiotlb *, uint64_t addr, bool copy_back);
     void (*sync)(struct swiotlb *, uint64_t addr, uint64_t size, bool to_pool);
+    void (*zero_around)(struct swiotlb *, uint64_t addr, uint64_t size, uint64_t granule_mask);
+    bool (*grown_has)(struct swiotlb *, uint64_t phys);
 };
 
 struct swiotlb {
     const struct swiotlb_ops *ops;
     struct phys_mem *mem; /* where original buffers are; NULL: addresses only, nothing is copied */
-    char *host;
-    uint64_t start;       /* physical, a multiple of 256 KiB */
-    uint32_t slots, areas, area_slots;
-    bool force;
-    struct tlb_slot *slot;
-    uint64_t *busy;       /* a bit for each slot: two words are a segment, so no word is shared between areas */
-    struct tlb_area *area;
-    uint64_t maps, unmaps, bytes_in, bytes_out; /* atomic */
+    struct tlb_pool first;
+    bool force;           /* bounce all that has no IOMMU */
+    bool dynamic;         /* grow when it is full */
+    bool grow;            /* the worker has been asked for another pool; under grown_lock */
+    pthread_rwlock_t grown_lock; /* the pools behind the first */
+    struct tlb_pool *grown;
+    uint64_t next_start;  /* physical: where to look for room for another */
+    uint64_t maps, unmaps, bytes_in, bytes_out, transients, pools; /* atomic */
     struct fail_point fail;
 };
 
+/* host: page aligned, slots * 2 KiB; swiotlb_destroy frees it. */
 int swiotlb_init(struct swiotlb *, uint64_t start, char *host, uint32_t slots, uint32_t areas, bool force);
 void swiotlb_destroy(struct swiotlb *);
 /* Bounce [orig, orig + size): *out is the buffer's address in the pool, its bytes those of the original. -ENOMEM: full,
@@ -59,15 +74,17 @@ static inline void swiotlb_sync(struct swiotlb *p, uint64_t addr, uint64_t size,
 { p->ops->sync(p, addr, size, to_pool); }
 /* Zero what an allocation of whole granules holds around [addr, addr + size): nothing of others may be seen there. */
 static inline void swiotlb_zero_around(struct swiotlb *p, uint64_t addr, uint64_t size, uint64_t granule_mask)
-{
-    uint64_t from = addr & ~granule_mask, end = addr + size, to = (end + granule_mask) & ~granule_mask;
-    memset(p->host + (from - p->start), 0, addr - from);
-    memset(p->host + (end - p->start), 0, to - end);
-}
+{ p->ops->zero_around(p, addr, size, granule_mask); }
 uint64_t swiotlb_used(struct swiotlb *);
+uint64_t swiotlb_slots(struct swiotlb *);
+/* The first bounce ends a device's licence to forget its addresses, for good. */
+static inline void dma_mark_bounced(struct dma_device *dev)
+{ __atomic_fetch_or(&dev->flags, DMA_DEV_BOUNCED, __ATOMIC_RELAXED); }
 /* swiotlb_max_mapping_size */
 static inline uint64_t swiotlb_max_size(uint64_t min_align_mask)
 { return TLB_MAX_MAPPING - ((min_align_mask + TLB_SIZE - 1) & ~(TLB_SIZE - 1)); }
-static inline bool swiotlb_has(const struct swiotlb *p, uint64_t phys)
-{ return p && phys - p->start < (uint64_t)p->slots << TLB_SHIFT; }
+static inline bool tlb_pool_has(const struct tlb_pool *q, uint64_t phys)
+{ return phys - q->start < (uint64_t)q->slots << TLB_SHIFT; }
+static inline bool swiotlb_has(struct swiotlb *p, uint64_t phys)
+{ return p && (tlb_pool_has(&p->first, phys) || (unlikely(p->dynamic) && p->ops->grown_has(p, phys))); }
 #endif

@@ -15,6 +15,8 @@
 #define store_relaxed(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
 #define store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 
+static inline void add_atomic(uint64_t *what, uint64_t n) { __atomic_fetch_add(what, n, __ATOMIC_RELAXED); }
+
 struct lock { uint32_t held; };
 
 RARE void lock_wait(struct lock *);
@@ -57,7 +59,7 @@ enum counter {
     C_PTE_SET, C_PTE_CLEAR = C_PTE_SET + 3, /* by level: 4K, 2M, 1G */
     C_INVAL_RANGE = C_PTE_CLEAR + 3, C_INVAL_FULL, C_SYNC_FLUSH,
     C_CACHE_CLEAN, C_CACHE_INVAL, C_BARRIERS,
-    C_FAULTS, C_COUNT
+    C_FAULTS, C_BOUNCES, C_UNBOUNCES, C_BOUNCED_BYTES, C_COUNT
 };
 struct counters { struct { uint64_t v[32]; } cell[CELLS]; };
 _Static_assert(C_COUNT <= 32, "a cell holds every counter");

@@ -63,6 +63,10 @@ struct dma_limits {
     uint64_t max_segment_size;  /* bytes; never 0 */
     uint64_t seg_boundary_mask;
     uint64_t virt_boundary;     /* mask; 0: the device takes gaps (SGL), 0xfff: it does not (PRP) */
+    /* May memory at `next` join a run whose last byte is `last`, which it touches? NULL: always. Front ends ask before they
+     * merge (biovec_phys_mergeable): under Xen neighbours in the guest's memory need not be neighbours on the bus. */
+    int (*mergeable)(const void *machine, phys_addr_t last, phys_addr_t next);
+    const void *machine;
 };
 
 enum {
@@ -71,6 +75,11 @@ enum {
     DMA_DEV_QUIRKS = 1u << 2, /* also reproduce what looks like a defect in Linux (KERNEL marks) */
     DMA_DEV_BOUNCED = 1u << 3, /* it has bounced once: its addresses must be kept and synced from now on */
 };
+
+/* How a device reaches a peer's memory (enum pci_p2pdma_map_type), worked out once for each of the machine's BARs. */
+enum dma_p2p_type { DMA_P2P_NONE = 1, DMA_P2P_NOT_SUPPORTED = 2, DMA_P2P_BUS_ADDR = 3, DMA_P2P_THRU_HOST_BRIDGE = 4 };
+struct dma_p2p_range { phys_addr_t start; uint64_t size, bus_offset; uint32_t type, provider; };
+struct dma_p2p { uint32_t nr, reserved; struct dma_p2p_range ranges[]; }; /* by start, disjoint */
 
 struct dma_range_map { phys_addr_t cpu_start; dma_addr_t dma_start; uint64_t size; };
 struct dma_ops;
@@ -93,7 +102,41 @@ struct dma_device {
     uint32_t nr_ranges;
     uint32_t reserved;
     struct swiotlb *swiotlb;        /* where it bounces; NULL: nowhere */
+    const struct dma_p2p *p2p;      /* the machine's peer-to-peer memory as this device reaches it; NULL: there is none */
+    void *tap;                      /* who watches the calls (dmapath.tap); NULL: nobody */
 };
+
+/* The peer-to-peer range that holds an address, or the first behind it (*inside tells); NULL: none. */
+static inline const struct dma_p2p_range *dma_p2p_at(const struct dma_p2p *t, phys_addr_t p, int *inside)
+{
+    uint32_t lo = 0, hi = t->nr;
+    while (lo < hi) {
+        uint32_t mid = lo + (hi - lo) / 2;
+        if (t->ranges[mid].start.v + (t->ranges[mid].size - 1) < p.v)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    *inside = lo < t->nr && t->ranges[lo].start.v <= p.v;
+    return lo < t->nr ? &t->ranges[lo] : NULL;
+}
+static inline const struct dma_p2p_range *dma_p2p_find(const struct dma_device *d, phys_addr_t p)
+{
+    int inside = 0;
+    const struct dma_p2p_range *r = d->p2p ? dma_p2p_at(d->p2p, p, &inside) : NULL;
+    return inside ? r : NULL;
+}
+/* The peer that a bus address goes to without the host: a range of type BUS_ADDR, or NULL. No IOVA is ever such an address,
+ * since an IOMMU's domains reserve the host bridge's windows. */
+static inline const struct dma_p2p_range *dma_p2p_peer(const struct dma_device *d, dma_addr_t a)
+{
+    for (uint32_t i = 0; d->p2p && i < d->p2p->nr; i++) {
+        const struct dma_p2p_range *r = &d->p2p->ranges[i];
+        if (r->type == DMA_P2P_BUS_ADDR && a.v - r->bus_offset - r->start.v < r->size)
+            return r;
+    }
+    return NULL;
+}
 
 /* What a backend fills in. Required: abi, size, name, map_phys, unmap_phys. The rest may be NULL: dma_ops_init() puts
  * a generic form there, so that a hot path never tests. New members are only ever appended. */
@@ -318,7 +361,9 @@ struct dma_map_iter {
     uint64_t next, left;         /* linear: address and bytes to come; gapped: granule to come */
     uint64_t granule_mask;
     uint32_t have, at, whole;    /* vectors in the window, next of them; whole: the window holds them all */
-    uint32_t unused;
+    uint32_t p2p;                /* bit set of enum dma_p2p_type that the request touches; 0: plain memory alone */
+    uint64_t pos;                /* p2p: bytes of the window's vector that were taken */
+    struct dma_seg held;         /* p2p: a segment found while a run before it was measured */
     struct phys_vec window[DMA_MAP_CHUNK];
 };
 
@@ -335,6 +380,7 @@ struct dmapath_api {
 #define DMAPATH_API_CAPSULE "dmapath.wrapper.api"
 #define DMAPATH_DEVICE_CAPSULE "dmapath.device"
 #define DMAPATH_OPS_CAPSULE "dmapath.ops.v1"
+#define DMAPATH_BUS_CAPSULE "dmapath.bus.v1" /* a struct dma_bus_ops *, beside a back end's own table */
 
 #ifdef __cplusplus
 }

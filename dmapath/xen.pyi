@@ -1,0 +1,26 @@
+from collections.abc import Iterable
+
+from dmapath.addr import PhysAddr
+from dmapath.memory import PhysMemory
+from dmapath.swiotlb import Swiotlb
+
+class XenDomain:
+    memory: PhysMemory
+    layout: str
+    def __init__(
+        self,
+        memory: PhysMemory,
+        *,
+        pool: Swiotlb | None = None,
+        layout: str = "scattered",
+        base: int = 1099511627776,
+        seed: int = 0,
+        arm: bool = False,
+    ) -> None: ...
+    def populate(self, vecs: Iterable[tuple[int, int]], *, seed: int = 0) -> None: ...
+    def machine(self, phys: int) -> int | None: ...
+    def phys(self, machine: int) -> PhysAddr | None: ...
+    def is_foreign(self, phys: int) -> bool: ...
+    def balloon_out(self, phys: int) -> None: ...
+    def map_foreign(self, phys: int, other: XenDomain, other_phys: int) -> None: ...
+    def unmap_foreign(self, phys: int) -> None: ...
