@@ -25,9 +25,11 @@ MODULES = {
     "dmapath.bio": [],
     "dmapath.mr": [],
     "dmapath.wrapper": [],
-    "dmapath.device": [],
-    "dmapath.engine": [],
-    "dmapath._bench": [],
+    "dmapath.tap": [],
+    "dmapath.device": MEM,
+    "dmapath.hmm": MEM,
+    "dmapath.engine": MEM,
+    "dmapath._bench": MEM,
 }
 
 flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra",

@@ -4,11 +4,13 @@ import os as _os
 
 from dmapath._version import __version__ as __version__
 from dmapath.addr import DmaAddr, Iova, PhysAddr
+from dmapath.adversary import Adversary
 from dmapath.backends.base import COUNTERS, LIVE_COUNTERS
 from dmapath.backends.grant import GrantTable
 from dmapath.backends.iommu import Iommu
 from dmapath.bio import Bio, Request
-from dmapath.device import Device, IovaState, Mapping, Segment
+from dmapath.debug import DmaDebug, DmaDebugError
+from dmapath.device import CoherentBuffer, Device, IovaState, Mapping, Segment
 from dmapath.engine import DmaEngine
 from dmapath.errors import (
     AddressTypeError,
@@ -26,10 +28,13 @@ from dmapath.errors import (
     TraceError,
 )
 from dmapath.explain import Explanation
+from dmapath.hmm import HmmMap, OdpRegion
 from dmapath.memory import HostBuffer, PhysMemory
 from dmapath.mr import MemoryRegion
+from dmapath.observe import Exposure, FaultInjector, StaleUseError
 from dmapath.pci import Bar, Fabric, RootComplex
 from dmapath.swiotlb import Swiotlb
+from dmapath.tracer import Tracer
 from dmapath.xen import XenDomain
 
 
@@ -44,19 +49,26 @@ __all__ = [
     "COUNTERS",
     "LIVE_COUNTERS",
     "AddressTypeError",
+    "Adversary",
     "AlignmentError",
     "Bar",
     "Bio",
+    "CoherentBuffer",
     "Device",
     "DmaAddr",
+    "DmaDebug",
+    "DmaDebugError",
     "DmaEngine",
     "DmaError",
     "DmaFault",
     "DmaValueError",
     "ExistingMappingError",
     "Explanation",
+    "Exposure",
     "Fabric",
+    "FaultInjector",
     "GrantTable",
+    "HmmMap",
     "HostBuffer",
     "Iommu",
     "Iova",
@@ -67,15 +79,18 @@ __all__ = [
     "MemoryRegion",
     "NoMemoryError",
     "NotSupportedError",
+    "OdpRegion",
     "PermissionDeniedError",
     "PhysAddr",
     "PhysMemory",
     "Request",
     "RootComplex",
     "Segment",
+    "StaleUseError",
     "StateError",
     "Swiotlb",
     "TraceError",
+    "Tracer",
     "XenDomain",
     "get_include",
 ]

@@ -251,15 +251,20 @@ def _print_explanation(console: Console, told: Explanation) -> None:
 @cli.command()
 @click.argument("traces", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False), metavar="TRACE...")
 @click.option("--json", "as_json", is_flag=True)
-def replay(traces: tuple[str, ...], as_json: bool) -> None:
+@click.option("--trace-out", metavar="FILE", help="Write our own trace of the same I/Os in the kernel's format.")
+def replay(traces: tuple[str, ...], as_json: bool, trace_out: str | None) -> None:
     """Map each I/O of a kernel's trace again and compare with what the kernel did (ftrace text, trace-cmd report)."""
     reports = []
+    if trace_out is not None and len(traces) > 1:
+        raise click.UsageError("--trace-out takes one trace at a time")
     for path in traces:
         try:
             with open(path, encoding="utf-8") as f:
-                reports.append(replay_trace(f.readlines(), path))
+                reports.append(replay_trace(f.readlines(), path, trace=trace_out is not None))
         except UnicodeDecodeError as e:
             raise click.UsageError(f"{path}: not text: {e.reason} at byte {e.start}") from None
+    if trace_out is not None:
+        _write(trace_out, reports[0].traced)
     if as_json:
         click.echo(json.dumps({"version": 1, "traces": [r.to_dict() for r in reports]}, indent=1))
     else:

@@ -1,5 +1,5 @@
 # cython: language_level=3
-from dmapath.abi cimport dma_device, dma_iova_state, dma_map_iter, dma_map_state, dma_range_map
+from dmapath.abi cimport dma_addr_t, dma_device, dma_iova_state, dma_map_iter, dma_map_state, dma_range_map
 from dmapath.backends.base cimport Backend
 from dmapath.memory cimport PhysMemory
 from dmapath.request cimport Mappable
@@ -17,6 +17,7 @@ cdef class Device:
     cdef readonly XenDomain xen
     cdef readonly object grants, pci
     cdef list old_p2p
+    cdef object tap  # a Tap while somebody observes
     cdef object config_
     cdef _limits(self)
     cdef _ranges(self, ranges)
@@ -34,6 +35,20 @@ cdef class IovaState:
 cdef class Segment:
     cdef unsigned long long addr_
     cdef readonly unsigned long long length
+
+
+cdef class CoherentBuffer:
+    cdef readonly Device device
+    cdef readonly size_t size
+    cdef dma_addr_t addr_
+    cdef unsigned long long phys_
+    cdef char *host
+    cdef object frames
+    cdef bint live, pooled
+    cdef int views
+    cdef make(self, Device device, size_t size)
+    cdef tell(self, op)
+    cdef release(self)
 
 
 cdef class Mapping:

@@ -4,37 +4,43 @@
 A request is mapped with ``map``; the two steps (``iova_*``), the classic calls (``map_phys``, ``map_sg``) and the syncs
 are there one by one.
 """
+import mmap
 import warnings
 
 cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport UINT32_MAX, UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
+from dmapath._core cimport phys_mem_host, swiotlb_map, swiotlb_unmap, swiotlb_want
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_LAYOUT_BOUNCED,
     DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR,
     DMA_LAYOUT_PER_RANGE, DMA_P2P_NOT_SUPPORTED, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
     dma_data_direction, dma_iova_destroy, dma_iova_free, dma_iova_link, dma_iova_size, dma_iova_state,
-    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_p2p, dma_p2p_range, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
+    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_ops, dma_p2p, dma_p2p_range, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
 )
 from dmapath.backends.base cimport CapsuleBackend
 from dmapath.memory cimport PhysMemory
 from dmapath.request cimport Mappable
 from dmapath.swiotlb cimport Swiotlb
+from dmapath.tap cimport Tap
 from dmapath.xen cimport XenDomain
 from dmapath.wrapper cimport map_next, map_start, unmap
 
 from dmapath import rules
-from dmapath.addr import DmaAddr, as_dma, as_length, as_phys
+from dmapath.addr import DmaAddr, PhysAddr, as_dma, as_length, as_phys
 from dmapath.backends.base import carries_ops
 from dmapath.backends.direct import DirectBackend
 from dmapath.backends.grant import GrantBackend
 from dmapath.backends.iommu import Iommu, IommuDomain
 from dmapath.backends.python import PythonBackend
 from dmapath.errors import AddressTypeError, DmaValueError, MappingError, StateError, error_for
-from dmapath.request import direction
+from dmapath.memory import HostBuffer
+from dmapath.request import DIRECTIONS, direction
 
 _POLICIES = {"unified": DMA_POLICY_UNIFIED, "linux": DMA_POLICY_LINUX}
 _LAYOUTS = {0: "none", DMA_LAYOUT_DIRECT: "direct", DMA_LAYOUT_LINEAR: "linear", DMA_LAYOUT_GAPPED: "gapped",
@@ -99,6 +105,12 @@ cdef inline Segment new_segment(const dma_seg *s):
     out.addr_ = s.addr.v
     out.length = s.len
     return out
+
+
+class SgList(list):
+    """What ``Device.map_sg`` gives: a list of Segments that remembers its direction."""
+
+    dir = "bidirectional"
 
 
 cdef class IovaState:
@@ -285,6 +297,11 @@ cdef class Device:
         return self.config_["max_segment_size"]
 
     @property
+    def sg_max_segment_size(self):
+        """Bytes in a segment that map_sg makes (dma_get_max_seg_size)."""
+        return self.c.sg_max_segment_size
+
+    @property
     def seg_boundary_mask(self):
         """Mask whose multiples a segment must not cross."""
         return self.config_["seg_boundary_mask"]
@@ -325,6 +342,37 @@ cdef class Device:
     def need_unmap(self):
         """Whether addresses must be kept for unmap (dma_need_unmap)."""
         return self.c.ops.need_unmap(&self.c) != 0
+
+    def narrow(self, max_segment_size):
+        """Take shorter segments from now on than the hardware could (dma_set_max_seg_size); never longer ones. For back ends
+        that have a limit of their own."""
+        cdef uint64_t n = as_length(max_segment_size, "max_segment_size")
+        self.c.limits.max_segment_size = min(self.c.limits.max_segment_size, n)
+        self.c.sg_max_segment_size = min(self.c.sg_max_segment_size, n)
+
+    def attach(self, observer):
+        """Show each call on this device to an observer (dmapath.tap): DmaDebug, Tracer, Exposure, FaultInjector, or yours.
+        Returns the observer."""
+        cdef Tap tap = self.tap
+        if tap is None:
+            tap = self.tap = Tap()
+            tap.put(&self.c)
+        tap.add(observer, self)
+        return observer
+
+    def detach(self, observer):
+        """Show it none any more. A DmaDebug reports now what is still mapped."""
+        cdef Tap tap = self.tap
+        if tap is None or observer not in tap.observers:
+            raise StateError("it does not observe this device", argument="observer", value=observer)
+        if tap.drop(observer, self):
+            tap.take(&self.c)
+            self.tap = None
+
+    @property
+    def observers(self):
+        """Who observes this device now."""
+        return [] if self.tap is None else list((<Tap>self.tap).observers)
 
     def counters(self):
         """Exact counts since the device was made: dict, all keys on every back end (dmapath.COUNTERS)."""
@@ -515,12 +563,15 @@ cdef class Device:
                 rc = self.c.ops.map_sg(&self.c, request.vecs_, request.nr, d, a, out)
             if rc < 0:
                 raise rules.refusal(self, request, -rc, 0)
-            return [new_segment(&out[i]) for i in range(rc)]
+            mapped = SgList(new_segment(&out[i]) for i in range(rc))
+            mapped.dir = DIRECTIONS[<int>d]
+            return mapped
         finally:
             free(out)
 
-    def unmap_sg(self, segments, dir="bidirectional", attrs=0):
-        """Undo map_sg, with the very list it gave (dma_unmap_sg)."""
+    def unmap_sg(self, segments, dir=None, attrs=0):
+        """Undo map_sg, with the very list it gave (dma_unmap_sg); ``dir`` defaults to the list's."""
+        dir = getattr(segments, "dir", "bidirectional") if dir is None else dir
         segments = list(segments)
         cdef unsigned long a = attr_bits(attrs)
         cdef dma_data_direction d = dir_of(dir)
@@ -541,6 +592,65 @@ cdef class Device:
         if rc:
             raise error_for(-rc, "not mapped (dma_unmap_sg)", "segments", segments)
 
+    def alloc_coherent(self, size):
+        """Memory for rings and descriptors that the CPU and the device see alike without syncs (dma_alloc_coherent).
+
+        Returns a CoherentBuffer of whole pages, zeroed: a buffer to the CPU, an ``addr`` for the device. Raises
+        MappingError where none can be had; StateError without a memory.
+        """
+        cdef CoherentBuffer out = CoherentBuffer.__new__(CoherentBuffer)
+        if self.memory is None:
+            raise StateError("a device with a memory is wanted", argument="self", value=self)
+        out.make(self, (as_length(size) + 4095) & ~4095)
+        return out
+
+    def map_resource(self, phys, size, dir="bidirectional", attrs=0):
+        """Map a device's registers: map_phys with the attribute MMIO (dma_map_resource). Never bounced, never cached."""
+        return self.map_phys(phys, size, dir, attr_bits(attrs) | DMA_ATTR_MMIO)
+
+    def unmap_resource(self, addr, size, dir="bidirectional", attrs=0):
+        """Undo map_resource (dma_unmap_resource)."""
+        self.unmap_phys(addr, size, dir, attr_bits(attrs) | DMA_ATTR_MMIO)
+
+    def sync_sg_for_cpu(self, segments, dir=None):
+        """Hand a mapped list to the CPU (dma_sync_sg_for_cpu): the very list that map_sg gave, whose direction is the
+        default."""
+        self._sync_list("sync_sg_for_cpu", segments, dir)
+
+    def sync_sg_for_device(self, segments, dir=None):
+        """Hand a mapped list to the device (dma_sync_sg_for_device)."""
+        self._sync_list("sync_sg_for_device", segments, dir)
+
+    def _sync_list(self, op, segments, dir):
+        pairs = [(int(s.addr), s.length) for s in segments]
+        cdef dma_data_direction d = dir_of(getattr(segments, "dir", "bidirectional") if dir is None else dir)
+        cdef const dma_ops *ops = self.c.ops
+        if self.tap is not None:
+            self.tap.show(op, segments=pairs, dir=DIRECTIONS[<int>d])
+            ops = (<Tap>self.tap).inner
+        for at, n in pairs:
+            if op == "sync_sg_for_cpu":
+                ops.sync_for_cpu(&self.c, dma_addr(at), n, d)
+            else:
+                ops.sync_for_device(&self.c, dma_addr(at), n, d)
+
+    @property
+    def max_mapping_size(self):
+        """Greatest size in bytes of one mapping: no limit (2**64 - 1) unless the device bounces (dma_max_mapping_size)."""
+        if self.swiotlb is None or not (self.untrusted or (self.backend.name != "iommu" and self._bounces())):
+            return 2**64 - 1
+        return self.swiotlb.max_mapping_size(self.min_align_mask)
+
+    def _bounces(self):
+        return (self.swiotlb.force or self.swiotlb.restricted or self.xen is not None
+                or min(self.dma_mask, self.bus_dma_limit or 2**64 - 1) < 2**64 - 1)
+
+    @property
+    def opt_mapping_size(self):
+        """Greatest size in bytes of a mapping that is fast: 128 KiB behind an IOMMU, whose IOVA caches hold no more
+        (dma_opt_mapping_size)."""
+        return min(self.max_mapping_size, 128 << 10 if self.backend.name == "iommu" else 2**64 - 1)
+
     def sync_for_cpu(self, addr, size, dir="bidirectional"):
         """Hand [addr, addr + size) of a live mapping to the CPU (dma_sync_single_for_cpu)."""
         cdef uint64_t at = as_dma(addr), n = as_length(size)
@@ -550,6 +660,101 @@ cdef class Device:
         """Hand [addr, addr + size) of a live mapping to the device (dma_sync_single_for_device)."""
         cdef uint64_t at = as_dma(addr), n = as_length(size)
         self.c.ops.sync_for_device(&self.c, dma_addr(at), n, dir_of(dir))
+
+
+@cython.no_gc_clear  # __dealloc__ unmaps through the device
+cdef class CoherentBuffer:
+    """Coherent memory, from ``Device.alloc_coherent``: supports the buffer protocol; ``free`` it once, or use a ``with``
+    block. Views of it must be released before."""
+
+    def __init__(self):
+        raise TypeError("made by Device.alloc_coherent")
+
+    cdef make(self, Device device, size_t size):
+        cdef swiotlb_want want
+        cdef uint64_t at = 0
+        cdef PhysMemory memory = device.memory
+        cdef int rc
+        limit = min(device.dma_mask, device.bus_dma_limit or device.dma_mask) if device.iommu is None else 2**64 - 1
+        self.device, self.size = device, size
+        if device.swiotlb is not None and device.swiotlb.restricted and device.backend.name == "direct":
+            want.min_align_mask, want.alloc_align_mask, want.boundary_mask = 0, 4095, UINT64_MAX
+            if swiotlb_map(device.c.swiotlb, &want, 1ULL << 60, size, &at):  # a buffer of nobody's: nothing is copied
+                raise MappingError("the restricted pool has no room", argument="size", value=size)
+            self.pooled = True
+        else:
+            at = memory.free_run(size, limit if device.xen is None else 2**64 - 1)
+            self.frames = HostBuffer(mmap.mmap(-1, size), memory, layout="contiguous", phys=at,
+                                     uncached=not device.coherent)
+            if device.xen is not None:
+                device.xen.back_in_order(at, size, limit)
+        self.phys_ = at
+        self.host = <char *>phys_mem_host(memory.mem, at)
+        memset(self.host, 0, size)
+        rc = device.backend.map_coherent(&device.c, at, size, &self.addr_)
+        if rc:
+            self.release()
+            raise MappingError(rules.map_refusal(device, -rc, at, size, 0), argument="size", value=size)
+        self.live = True
+        self.tell("alloc_coherent")
+
+    cdef tell(self, op):
+        if self.device.tap is not None:
+            self.device.tap.show(op, addr=self.addr_.v, phys=self.phys_, size=self.size)
+
+    cdef release(self):
+        if self.pooled:
+            swiotlb_unmap(self.device.c.swiotlb, self.phys_, False)
+            return
+        if self.device.xen is not None:
+            self.device.xen.forget(self.phys_, self.size)
+        self.frames.close()
+
+    @property
+    def addr(self):
+        """DmaAddr for the device."""
+        return DmaAddr(self.addr_.v)
+
+    @property
+    def phys(self):
+        """PhysAddr of its first byte."""
+        return PhysAddr(self.phys_)
+
+    def __len__(self):
+        return self.size
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        if not self.live:
+            raise StateError("it was freed", argument="self", value=self)
+        PyBuffer_FillInfo(view, self, self.host, self.size, 0, flags)
+        self.views += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.views -= 1
+
+    def free(self):
+        """Unmap it and give the memory back (dma_free_coherent). StateError when done already or still viewed."""
+        if not self.live or self.views:
+            raise StateError("freed already" if not self.live else "a view of it is held", argument="self", value=self)
+        self.live = False
+        self.tell("free_coherent")
+        self.device.backend.unmap_coherent(&self.device.c, self.addr_, self.size)
+        self.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.live:
+            self.free()
+
+    def __dealloc__(self):
+        if self.live:
+            self.device.backend.unmap_coherent(&self.device.c, self.addr_, self.size)
+            self.release()
+
+    def __repr__(self):
+        return f"CoherentBuffer({self.size} bytes at {self.addr_.v:#x}{'' if self.live else ', freed'})"
 
 
 @cython.no_gc_clear  # __dealloc__ unmaps through the device
@@ -654,6 +859,16 @@ cdef class Mapping:
     def __del__(self):
         if self.live:
             warnings.warn(f"a mapping of {self.request!r} was dropped without unmap", ResourceWarning, stacklevel=2)
+
+    def sync_for_cpu(self):
+        """Hand all of it to the CPU while it stays mapped (dma_sync_single_for_cpu, segment by segment)."""
+        for s in self.read_all():
+            self.device.sync_for_cpu(s.addr, s.length, self.request.dir)
+
+    def sync_for_device(self):
+        """Hand all of it back to the device (dma_sync_single_for_device)."""
+        for s in self.read_all():
+            self.device.sync_for_device(s.addr, s.length, self.request.dir)
 
     def __repr__(self):
         return f"<Mapping of {self.request!r}: {self.layout}{'' if self.live else ', unmapped'}>"

@@ -14,6 +14,7 @@ cdef class PhysMemory:
     cdef object frames_
     cdef uint64_t next_synthetic
     cdef readonly list peers  # Bars of this machine
+    cdef list tags
     cdef readonly object watchers, notifiers  # devices that reach them; who must know when pages move
     cdef object __weakref__
     cdef _place(self, uint64_t base, seed)

@@ -14,13 +14,15 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from dmapath._core cimport (
-    phys_mem_add, phys_mem_copy, phys_mem_destroy, phys_mem_evict, phys_mem_full, phys_mem_init, phys_mem_read_lock,
+    phys_mem_add, phys_mem_copy, phys_mem_destroy, phys_mem_evict, phys_mem_full, phys_mem_host, phys_mem_init, phys_mem_read_lock,
     phys_mem_read_unlock, phys_mem_remove,
 )
 from dmapath.abi cimport phys_mem
 
 from dmapath.addr import PhysAddr, as_length, as_phys
-from dmapath.errors import DmaValueError, NotSupportedError, PermissionDeniedError, StateError, error_for
+from dmapath.errors import (
+    DmaValueError, NoMemoryError, NotSupportedError, PermissionDeniedError, StateError, error_for,
+)
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *, size_t, int, int, int, long)
@@ -85,7 +87,7 @@ cdef class PhysMemory:
             raise error_for(errno, "the arena cannot be mapped", "size", self.size)
         self.arena = <char *>at
         self.next_synthetic = 1 << 50
-        self.peers, self.watchers, self.notifiers = [], weakref.WeakSet(), weakref.WeakSet()
+        self.peers, self.tags, self.watchers, self.notifiers = [], [], weakref.WeakSet(), weakref.WeakSet()
         self._place(base, seed)
 
     cdef _place(self, uint64_t base, seed):
@@ -158,6 +160,46 @@ cdef class PhysMemory:
         self.peers.append(bar)
         for device in self.watchers:
             device.refresh_peers()
+
+    def free_run(self, size, limit):
+        """Lowest of the highest free page-aligned physical addresses for ``size`` bytes that end at ``limit`` or below."""
+        cdef uint64_t at, page
+        cdef bint free_
+        size = (size + PAGE - 1) // PAGE * PAGE
+        if limit >= 1 << 51:
+            self.next_synthetic += size + PAGE
+            return self.next_synthetic - size
+        at = (limit + 1 - size) // PAGE * PAGE
+        while at >= 4096:
+            free_ = True
+            for page in range(at, at + <uint64_t>size, 4096):
+                if phys_mem_host(self.mem, page) != NULL:
+                    free_ = False
+                    break
+            if free_:
+                return at
+            at -= 4096
+        raise NoMemoryError("no free physical memory below the limit", argument="limit", value=limit)
+
+    def tag(self, phys, size, kind):
+        """Say what [phys, phys + size) is used for, where drivers must not map it: "stack", "vmalloc" or "text" (DmaDebug
+        knows; nothing else changes)."""
+        if kind not in ("stack", "vmalloc", "text"):
+            raise DmaValueError("stack, vmalloc or text", argument="kind", value=kind)
+        self.tags.append((as_phys(phys), as_length(size), kind))
+
+    def kind_of(self, phys):
+        """What is at a physical address: "ram", "peer", a tag's kind, or None."""
+        at = as_phys(phys)
+        for first, size, kind in self.tags:
+            if 0 <= at - first < size:
+                return kind
+        if any(0 <= at - int(bar.phys()) < len(bar) for bar in self.peers):
+            return "peer"
+        phys_mem_read_lock(self.mem)
+        there = phys_mem_host(self.mem, at) != NULL
+        phys_mem_read_unlock(self.mem)
+        return "ram" if there else None
 
     def evict(self):
         """Let the CPU's caches write back every dirty line and drop the rest, as they may at any time.

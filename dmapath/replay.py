@@ -12,6 +12,7 @@ from dmapath.device import Device
 from dmapath.request import iterate
 from dmapath.swiotlb import Swiotlb
 from dmapath.trace import Command, Io, TraceEvent, read_ios
+from dmapath.tracer import Tracer, map_like_nvme
 
 __all__ = ["Outcome", "Report", "replay"]
 
@@ -53,6 +54,7 @@ class Report:
     name: str
     environment: str
     outcomes: list[Outcome]
+    traced: str = ""  # our own trace of the same I/Os, where it was asked for
 
     def count(self, verdict: str) -> int:
         """I/Os with that verdict."""
@@ -128,28 +130,14 @@ def our_flow(device: Device, bio: Bio, *, shows_flushes: bool, caching: bool) ->
     recorded = device.backend.name == "iommu"
     if recorded:
         device.backend.record(True)
-    single = len(iterate(bio, device)) == 1
-    addrs: list[tuple[int, int]] = []
     bounces: list[tuple[int, int]] = []
     pool = device.swiotlb
     before = device.counters()
-    if single:
-        # nvme_map_data's short cut: one physical segment is mapped by itself and always unmapped
-        [(phys, n)] = iterate(bio, device)
-        addr = device.map_phys(phys, n, bio.dir)
-        addrs.append((int(addr) & (PAGE - 1), n))
-        bounces += [(int(phys), n)] if pool is not None and int(addr) in pool else []
-        device.unmap_phys(addr, n, bio.dir)
-        layout = "single"
-    else:
-        with device.map(bio, "linux") as m:
-            layout = m.layout
-            segments = m.segments
-        if layout == "bounced" and not recorded:
-            pieces = zip(iterate(bio, device), segments, strict=True)
-            bounces = [(int(p), n) for (p, n), s in pieces if int(s.addr) in pool]
-        if layout != "linear":
-            addrs = [(int(s.addr) & (PAGE - 1), s.length) for s in segments]
+    layout, segments = map_like_nvme(device, bio)
+    if pool is not None and not recorded:
+        pieces = zip(iterate(bio, device), segments, strict=True)
+        bounces = [(int(p), n) for (p, n), (addr, _) in pieces if addr in pool]
+    addrs = [] if layout == "linear" else [(addr & (PAGE - 1), n) for addr, n in segments]
     after = device.counters()
     events = device.backend.events() if recorded else []
     starts = [a for kind, a, _, _ in events if kind == "alloc"]
@@ -237,7 +225,17 @@ def _short(value: object) -> str:
     return str(value)
 
 
-def _compare_io(io: Io, device: Device, max_bytes: int, *, shows_flushes: bool, caching: bool) -> Outcome:
+def _trace_again(io: Io, bio: Bio, pieces: list[Bio], device: Device, tracer: Tracer) -> None:
+    device.attach(tracer)
+    with tracer.io(io.name, bio):
+        for piece in pieces:
+            tracer.command(piece)
+            map_like_nvme(device, piece)
+    device.detach(tracer)
+
+
+def _compare_io(io: Io, device: Device, max_bytes: int, tracer: Tracer | None, *, shows_flushes: bool, caching: bool
+                ) -> Outcome:  # fmt: skip
     if io.result is None or io.result < 0 or not io.commands:
         return Outcome(io, "not covered", reason="the I/O failed or became no command")
     vecs, wrong = _vectors(io)
@@ -253,11 +251,16 @@ def _compare_io(io: Io, device: Device, max_bytes: int, *, shows_flushes: bool, 
         ours = our_flow(device, piece, shows_flushes=shows_flushes, caching=caching)
         kinds.append(f"{ours.kind} x{ours.ranges}")
         wrong += [f"command {i} (line {cmd.line}): {d}" for d in _differences(kernel, ours)]
+    if tracer is not None:
+        _trace_again(io, bio, pieces, device, tracer)
     return Outcome(io, "disagree" if wrong else "agree", " + ".join(kinds), wrong)
 
 
-def replay(lines: Iterator[str] | list[str], name: str) -> Report:
-    """Map each I/O of a trace again and compare. Raises TraceError for a text that is no whole trace."""
+def replay(lines: Iterator[str] | list[str], name: str, *, trace: bool = False) -> Report:
+    """Map each I/O of a trace again and compare. Raises TraceError for a text that is no whole trace.
+
+    With ``trace`` the report's ``traced`` is a trace of our own of the same I/Os, which ``replay`` reads like a kernel's.
+    """
     ios = read_ios(lines, name)
     commands = [c for io in ios for c in io.commands]
     iommu = any(c.of("map") for c in commands)
@@ -277,8 +280,6 @@ def replay(lines: Iterator[str] | list[str], name: str) -> Report:
         words += ", flushes shown" if shows_flushes else ", flushes not shown"
         words += ", caching mode" if caching else ""
     words += f", bounces: {'untrusted device' if iommu else 'swiotlb=force'}" if bounced else ""
-    return Report(
-        name,
-        words,
-        [_compare_io(io, device, max_bytes, shows_flushes=shows_flushes, caching=caching) for io in ios],
-    )
+    tracer = Tracer() if trace else None
+    outcomes = [_compare_io(io, device, max_bytes, tracer, shows_flushes=shows_flushes, caching=caching) for io in ios]
+    return Report(name, words, outcomes, "" if tracer is None else tracer.text)

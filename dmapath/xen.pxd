@@ -11,7 +11,7 @@ cdef class XenDomain:
     cdef bint ready
     cdef readonly PhysMemory memory
     cdef readonly str layout
-    cdef object next_machine_
+    cdef object next_machine_, low_
     cdef dict foreign_
     cdef attach(self, dma_device *dev)
     cdef _set(self, uint64_t phys, uint64_t machine, bint foreign)

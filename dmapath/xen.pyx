@@ -50,6 +50,7 @@ cdef class XenDomain:
         self.ready = True
         self.memory, self.layout, self.foreign_ = memory, layout, {}
         self.next_machine_ = base
+        self.low_ = 0x10000000  # below the pool's
         self.populate(memory.vecs(0, len(memory)), seed=seed)
         if pool is not None:
             for i in range(pool.slots * 2048 // PAGE):
@@ -85,6 +86,23 @@ cdef class XenDomain:
             if page & (PAGE - 1):
                 raise DmaValueError("whole pages", argument="vecs", value=page)
             self._set(page, first + step * i * PAGE, False)
+
+    def back_in_order(self, phys, size, limit):
+        """Back physical pages with machine frames that follow each other, ending at ``limit`` at most (xen_swiotlb_alloc_
+        coherent exchanges frames for such a run)."""
+        top = self.low_ if limit < 1 << 40 else self.next_machine_
+        if limit < 1 << 40:
+            self.low_ -= size
+            top = self.low_
+        else:
+            self.next_machine_ += size + PAGE
+        for i in range(0, size, PAGE):
+            self._set(phys + i, top + i, False)
+
+    def forget(self, phys, size):
+        """Take the backing of pages away that are gone."""
+        for i in range(0, size, PAGE):
+            xen_clear(&self.c, phys + i)
 
     def machine(self, phys):
         """The machine address behind a physical one, or None (phys_to_mach)."""

@@ -1,10 +1,14 @@
 # cython: language_level=3
-from dmapath.abi cimport dma_device, dma_ops
+from libc.stdint cimport uint64_t
+
+from dmapath.abi cimport dma_addr_t, dma_device, dma_ops
 
 
 cdef class Backend:
     cdef dma_ops ops
     cdef int attach(self, dma_device *dev) except -1
+    cdef int map_coherent(self, dma_device *dev, uint64_t phys, uint64_t size, dma_addr_t *out) noexcept
+    cdef void unmap_coherent(self, dma_device *dev, dma_addr_t addr, uint64_t size) noexcept
 
 
 cdef class CapsuleBackend(Backend):

@@ -1,9 +1,11 @@
 # cython: language_level=3
 """What a backend is to a Device: an ops table, and counters to read."""
 from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
+from libc.stdint cimport uint64_t
 
 from dmapath.abi cimport (
-    DMAPATH_ABI, DMAPATH_BUS_CAPSULE, DMAPATH_OPS_CAPSULE, dma_bus_ops, dma_device, dma_ops, dma_ops_init,
+    DMA_ATTR_SKIP_CPU_SYNC, DMA_BIDIRECTIONAL, DMAPATH_ABI, DMAPATH_BUS_CAPSULE, DMAPATH_OPS_CAPSULE, dma_addr_t,
+    dma_bus_ops, dma_device, dma_ops, dma_ops_init, phys_addr,
 )
 
 from dmapath.errors import AddressTypeError, DmaValueError
@@ -28,6 +30,13 @@ cdef class Backend:
 
     cdef int attach(self, dma_device *dev) except -1:
         raise NotImplementedError
+
+    cdef int map_coherent(self, dma_device *dev, uint64_t phys, uint64_t size, dma_addr_t *out) noexcept:
+        # memory that the CPU does not cache: nothing to sync, nothing to bounce
+        return dev.ops.map_phys(dev, phys_addr(phys), size, DMA_BIDIRECTIONAL, DMA_ATTR_SKIP_CPU_SYNC, out)
+
+    cdef void unmap_coherent(self, dma_device *dev, dma_addr_t addr, uint64_t size) noexcept:
+        dev.ops.unmap_phys(dev, addr, size, DMA_BIDIRECTIONAL, DMA_ATTR_SKIP_CPU_SYNC)
 
     def counters(self):
         """Exact counts since the device was made, by the names in COUNTERS."""

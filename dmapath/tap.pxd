@@ -1,0 +1,21 @@
+# cython: language_level=3
+from dmapath.abi cimport dma_bus_ops, dma_device, dma_ops
+
+
+cdef class Call:
+    cdef readonly str op
+    cdef public object phys, addr, size, offset, dir, attrs, vecs, segments, state, rc, write, done
+    cdef object where_
+
+
+cdef class Tap:
+    cdef dma_ops ops
+    cdef dma_bus_ops bus
+    cdef const dma_ops *inner
+    cdef const dma_bus_ops *inner_bus
+    cdef list observers
+    cdef readonly bint need_unmap
+    cdef int before(self, Call call)
+    cdef void after(self, Call call, long rc)
+    cdef void put(self, dma_device *dev)
+    cdef void take(self, dma_device *dev)

@@ -1,0 +1,436 @@
+# cython: language_level=3
+"""A tap on a device's calls: an ops table between the driver and the back end that shows each call to observers.
+
+A device that nobody observes has no tap, and its calls cost what they cost. An observer is any object with some of
+
+* ``attached(device)``, ``detached(device)``
+* ``before(call)``: may return an errno to refuse the call in the back end's stead
+* ``after(call)``: the call with its result, ``call.rc`` (0 or more, or a negative errno)
+
+and, as attribute ``need_unmap = True``, the wish that drivers keep and unmap every address (dma_need_unmap under
+CONFIG_DMA_API_DEBUG). Calls that a back end makes of its own table are not shown. While a device is observed its calls hold
+the GIL, and so take turns.
+"""
+import os
+import sys
+from types import SimpleNamespace
+
+from libc.errno cimport EFAULT
+from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
+from libc.string cimport memset
+
+from dmapath.abi cimport (
+    DMA_FAULT_NOT_PRESENT, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_iova_size,
+    dma_iova_state, dma_ops, dma_seg, phys_addr_t, phys_vec,
+)
+
+from dmapath.request import DIRECTIONS
+
+cdef extern from *:
+    """
+    /* how deep this thread is inside a call that was shown: what a back end calls there is its own affair */
+    static __thread int dmapath_tap_depth;
+    """
+    int dmapath_tap_depth
+
+_DIRS = (*DIRECTIONS, "none")
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def caller():
+    """Where the Python code stands that led here, outside this package: "file:line in function"."""
+    try:
+        frame = sys._getframe()
+    except ValueError:
+        return "C code"
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return "C code" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+cdef class Call:
+    """One call of a driver, or one access of a device (``op`` "access").
+
+    ``op`` names it as in ``struct dma_ops``. What does not apply is None: ``phys``, ``addr``, ``size``, ``offset`` (bytes),
+    ``dir`` (a name), ``attrs`` (bits), ``vecs`` [(phys, bytes)], ``segments`` [(addr, bytes)], ``state`` (addr, bytes),
+    ``write`` and ``done`` (an access), ``rc`` (after it). ``where`` is the caller's file and line.
+    """
+
+    @property
+    def where(self):
+        if self.where_ is None:
+            self.where_ = caller()
+        return self.where_
+
+    def __repr__(self):
+        names = ("phys", "addr", "size", "offset", "dir", "attrs", "vecs", "segments", "state", "write", "done", "rc")
+        shown = [(n, getattr(self, n)) for n in names if getattr(self, n) is not None]
+        words = [f"{n}={v:#x}" if n in ("phys", "addr") else f"{n}={v}" for n, v in shown]
+        return f"Call({', '.join([self.op, *words])})"
+
+
+cdef inline Tap tap_of(dma_device *dev):
+    return <Tap>dev.tap
+
+
+cdef Call new_call(str op, addr=None, size=None, dir=None, attrs=None):
+    cdef Call call = Call.__new__(Call)
+    call.op, call.addr, call.size, call.attrs = op, addr, size, attrs
+    call.dir = None if dir is None else _DIRS[dir]
+    return call
+
+
+cdef tuple state_of(dma_iova_state *st):
+    return st.addr.v, dma_iova_size(st)
+
+
+cdef list vec_list(const phys_vec *v, uint32_t n):
+    cdef uint32_t i
+    return [(v[i].paddr.v, v[i].len) for i in range(n)]
+
+
+cdef list seg_list(const dma_seg *s, uint32_t n):
+    cdef uint32_t i
+    return [(s[i].addr.v, s[i].len) for i in range(n)]
+
+
+cdef void complain(object observer, object error):
+    # an observer's own bug must not change what the driver sees
+    sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__,
+                                       err_msg="Exception ignored in an observer", object=observer))
+
+
+cdef class Tap:
+    """The table between; made and dropped by ``Device.attach`` and ``Device.detach``."""
+
+    def __cinit__(self):
+        self.observers = []
+
+    cdef void put(self, dma_device *dev):
+        self.inner, self.inner_bus = dev.ops, dev.bus
+        self.ops = dev.ops[0]
+        self.ops.map_phys, self.ops.unmap_phys = tap_map_phys, tap_unmap_phys
+        self.ops.iova_try_alloc, self.ops.iova_link, self.ops.iova_link_vec = tap_try_alloc, tap_link, tap_link_vec
+        self.ops.iova_link_gapped, self.ops.iova_sync = tap_link_gapped, tap_sync
+        self.ops.iova_unlink, self.ops.iova_free = tap_unlink, tap_free
+        self.ops.map_sg, self.ops.unmap_sg = tap_map_sg, tap_unmap_sg
+        self.ops.sync_for_cpu, self.ops.sync_for_device = tap_sync_for_cpu, tap_sync_for_device
+        self.ops.need_unmap = tap_need_unmap
+        self.bus.access = tap_access
+        dev.tap = <void *>self
+        dev.ops = &self.ops
+        if dev.bus != NULL:
+            dev.bus = &self.bus
+
+    cdef void take(self, dma_device *dev):
+        dev.ops, dev.bus, dev.tap = self.inner, self.inner_bus, NULL
+
+    def add(self, observer, device):
+        """Show calls to an observer from now on."""
+        self.observers.append(observer)
+        self._settle()
+        if hasattr(observer, "attached"):
+            observer.attached(device)
+
+    def drop(self, observer, device):
+        """Show it none any more; True when nobody is left."""
+        self.observers.remove(observer)
+        self._settle()
+        if hasattr(observer, "detached"):
+            observer.detached(device)
+        return not self.observers
+
+    def _settle(self):
+        self.need_unmap = any(getattr(o, "need_unmap", False) for o in self.observers)
+
+    def show(self, op, **what):
+        """Show a call that no table has (a list sync of Device's)."""
+        cdef Call call = new_call(op)
+        for name, value in what.items():
+            setattr(call, name, value)
+        self.before(call)
+        self.after(call, 0)
+
+    cdef int before(self, Call call):
+        for observer in self.observers:
+            try:
+                refuse = observer.before(call) if hasattr(observer, "before") else None
+            except Exception as e:
+                complain(observer, e)
+                continue
+            if refuse:
+                call.rc = -abs(refuse)
+                for told in self.observers:
+                    if told is not observer:
+                        self.tell(told, call)
+                return call.rc
+        return 0
+
+    def tell(self, observer, call):
+        try:
+            if hasattr(observer, "after"):
+                observer.after(call)
+        except Exception as e:
+            complain(observer, e)
+
+    cdef void after(self, Call call, long rc):
+        call.rc = rc
+        for observer in self.observers:
+            self.tell(observer, call)
+
+
+cdef int tap_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_direction dir, unsigned long attrs,
+                      dma_addr_t *out) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
+    if dmapath_tap_depth:
+        return t.inner.map_phys(dev, phys, size, dir, attrs, out)
+    call = new_call("map_phys", None, size, dir, attrs)
+    call.phys = phys.v
+    out.v = UINT64_MAX
+    rc = t.before(call)
+    if rc:
+        return rc
+    dmapath_tap_depth += 1
+    rc = t.inner.map_phys(dev, phys, size, dir, attrs, out)
+    dmapath_tap_depth -= 1
+    call.addr = out.v
+    t.after(call, rc)
+    return rc
+
+
+cdef int tap_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir,
+                        unsigned long attrs) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
+    if dmapath_tap_depth:
+        return t.inner.unmap_phys(dev, addr, size, dir, attrs)
+    call = new_call("unmap_phys", addr.v, size, dir, attrs)
+    rc = t.before(call)
+    if rc:
+        return rc
+    dmapath_tap_depth += 1
+    rc = t.inner.unmap_phys(dev, addr, size, dir, attrs)
+    dmapath_tap_depth -= 1
+    t.after(call, rc)
+    return rc
+
+
+cdef int tap_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t size) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
+    if dmapath_tap_depth:
+        return t.inner.iova_try_alloc(dev, st, phys, size)
+    call = new_call("iova_try_alloc", None, size)
+    call.phys = phys.v
+    memset(st, 0, sizeof(dma_iova_state))
+    if t.before(call):
+        return 0
+    dmapath_tap_depth += 1
+    rc = t.inner.iova_try_alloc(dev, st, phys, size)
+    dmapath_tap_depth -= 1
+    call.state = state_of(st)
+    t.after(call, rc)
+    return rc
+
+
+cdef int show_link(dma_device *dev, str op, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
+                   dma_data_direction dir, unsigned long attrs) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call = new_call(op, None, None, dir, attrs)
+    cdef int rc
+    call.state, call.offset, call.vecs = state_of(st), offset, vec_list(v, n)
+    rc = t.before(call)
+    if rc:
+        return rc
+    dmapath_tap_depth += 1
+    if op == "iova_link":
+        rc = t.inner.iova_link(dev, st, v[0].paddr, offset, v[0].len, dir, attrs)
+    elif op == "iova_link_vec":
+        rc = t.inner.iova_link_vec(dev, st, v, n, offset, dir, attrs)
+    else:
+        rc = t.inner.iova_link_gapped(dev, st, v, n, offset, dir, attrs)
+    dmapath_tap_depth -= 1
+    t.after(call, rc)
+    return rc
+
+
+cdef int tap_link(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t offset, uint64_t size,
+                  dma_data_direction dir, unsigned long attrs) noexcept with gil:
+    cdef phys_vec v
+    if dmapath_tap_depth:
+        return tap_of(dev).inner.iova_link(dev, st, phys, offset, size, dir, attrs)
+    v.paddr, v.len = phys, size
+    return show_link(dev, "iova_link", st, &v, 1, offset, dir, attrs)
+
+
+cdef int tap_link_vec(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
+                      dma_data_direction dir, unsigned long attrs) noexcept with gil:
+    if dmapath_tap_depth:
+        return tap_of(dev).inner.iova_link_vec(dev, st, v, n, offset, dir, attrs)
+    return show_link(dev, "iova_link_vec", st, v, n, offset, dir, attrs)
+
+
+cdef int tap_link_gapped(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
+                         dma_data_direction dir, unsigned long attrs) noexcept with gil:
+    if dmapath_tap_depth:
+        return tap_of(dev).inner.iova_link_gapped(dev, st, v, n, offset, dir, attrs)
+    return show_link(dev, "iova_link_gapped", st, v, n, offset, dir, attrs)
+
+
+cdef int tap_sync(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64_t size) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
+    if dmapath_tap_depth:
+        return t.inner.iova_sync(dev, st, offset, size)
+    call = new_call("iova_sync", None, size)
+    call.state, call.offset = state_of(st), offset
+    rc = t.before(call)
+    if rc:
+        return rc
+    dmapath_tap_depth += 1
+    rc = t.inner.iova_sync(dev, st, offset, size)
+    dmapath_tap_depth -= 1
+    t.after(call, rc)
+    return rc
+
+
+cdef int tap_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64_t size, dma_data_direction dir,
+                    unsigned long attrs) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
+    if dmapath_tap_depth:
+        return t.inner.iova_unlink(dev, st, offset, size, dir, attrs)
+    call = new_call("iova_unlink", None, size, dir, attrs)
+    call.state, call.offset = state_of(st), offset
+    rc = t.before(call)
+    if rc:
+        return rc
+    dmapath_tap_depth += 1
+    rc = t.inner.iova_unlink(dev, st, offset, size, dir, attrs)
+    dmapath_tap_depth -= 1
+    t.after(call, rc)
+    return rc
+
+
+cdef int tap_free(dma_device *dev, dma_iova_state *st) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
+    if dmapath_tap_depth:
+        return t.inner.iova_free(dev, st)
+    call = new_call("iova_free")
+    call.state = state_of(st)
+    rc = t.before(call)
+    if rc:
+        return rc
+    dmapath_tap_depth += 1
+    rc = t.inner.iova_free(dev, st)
+    dmapath_tap_depth -= 1
+    t.after(call, rc)
+    return rc
+
+
+cdef int tap_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_direction dir, unsigned long attrs,
+                    dma_seg *out) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
+    if dmapath_tap_depth:
+        return t.inner.map_sg(dev, v, n, dir, attrs, out)
+    call = new_call("map_sg", None, None, dir, attrs)
+    call.vecs = vec_list(v, n)
+    rc = t.before(call)
+    if rc:
+        return rc
+    dmapath_tap_depth += 1
+    rc = t.inner.map_sg(dev, v, n, dir, attrs, out)
+    dmapath_tap_depth -= 1
+    call.segments = seg_list(out, <uint32_t>rc) if rc > 0 else []
+    t.after(call, rc)
+    return rc
+
+
+cdef int tap_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_direction dir,
+                      unsigned long attrs) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
+    if dmapath_tap_depth:
+        return t.inner.unmap_sg(dev, s, n, dir, attrs)
+    call = new_call("unmap_sg", None, None, dir, attrs)
+    call.segments = seg_list(s, n)
+    rc = t.before(call)
+    if rc:
+        return rc
+    dmapath_tap_depth += 1
+    rc = t.inner.unmap_sg(dev, s, n, dir, attrs)
+    dmapath_tap_depth -= 1
+    t.after(call, rc)
+    return rc
+
+
+cdef int show_cpu_sync(dma_device *dev, str op, dma_addr_t addr, uint64_t size, dma_data_direction dir) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call = new_call(op, addr.v, size, dir)
+    cdef int rc = t.before(call)
+    if rc:
+        return rc
+    dmapath_tap_depth += 1
+    if op == "sync_for_cpu":
+        rc = t.inner.sync_for_cpu(dev, addr, size, dir)
+    else:
+        rc = t.inner.sync_for_device(dev, addr, size, dir)
+    dmapath_tap_depth -= 1
+    t.after(call, rc)
+    return rc
+
+
+cdef int tap_sync_for_cpu(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir) noexcept with gil:
+    if dmapath_tap_depth:
+        return tap_of(dev).inner.sync_for_cpu(dev, addr, size, dir)
+    return show_cpu_sync(dev, "sync_for_cpu", addr, size, dir)
+
+
+cdef int tap_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir) noexcept with gil:
+    if dmapath_tap_depth:
+        return tap_of(dev).inner.sync_for_device(dev, addr, size, dir)
+    return show_cpu_sync(dev, "sync_for_device", addr, size, dir)
+
+
+cdef int tap_need_unmap(dma_device *dev) noexcept with gil:
+    cdef Tap t = tap_of(dev)
+    return 1 if t.need_unmap else t.inner.need_unmap(dev)
+
+
+cdef int tap_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int write, dma_fault *fault) noexcept with gil:
+    global dmapath_tap_depth
+    cdef Tap t = tap_of(dev)
+    cdef Call call = new_call("access", addr.v, n)
+    cdef int rc
+    call.write = write != 0
+    rc = t.before(call)
+    if rc:
+        fault.addr, fault.done, fault.reason, fault.write = addr, 0, DMA_FAULT_NOT_PRESENT, write
+        return -EFAULT
+    dmapath_tap_depth += 1
+    rc = t.inner_bus.access(dev, addr, n, buf, write, fault)
+    dmapath_tap_depth -= 1
+    call.done = fault.done if rc else n
+    t.after(call, rc)
+    return rc
