@@ -41,6 +41,7 @@ class Adversary:
 
     ``seed`` fixes every choice; ``refuse`` is the share of IOVA ranges that it refuses; ``cut`` the bytes of the longest
     segment (rounded to what the device's alignment and virt boundary allow), None for a choice of its own, 0 for no cut.
+    By policy ``linux`` use 0: Linux cuts before it links, and so cannot link what is cut inside a granule.
     """
 
     name = "adversary"

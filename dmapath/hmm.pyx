@@ -266,13 +266,17 @@ class OdpRegion:
             return [self.pages.map_pfn(i, self.memory.phys(self.first + i * 4096), write=write)
                     for i in range(first, last + 1)]
 
-    def invalidate(self, memory, offset, length):
-        """Called by the memory before pages move: what the device has of them is unmapped."""
+    def invalidate_start(self, memory, offset, length):
+        """Called by the memory before pages move: what the device has of them is unmapped, and faults wait."""
         first = max(0, (offset - self.first) // 4096)
         last = min(len(self.pages), (offset + length - self.first + 4095) // 4096)
-        with self._lock:
-            for i in range(first, last):
-                self.invalidations += self.pages.unmap_pfn(i)
+        self._lock.acquire()
+        for i in range(first, last):
+            self.invalidations += self.pages.unmap_pfn(i)
+
+    def invalidate_end(self):
+        """Called when they have moved: faults see where they are now."""
+        self._lock.release()
 
     def is_mapped(self, offset):
         """Whether the page of an arena byte is mapped now."""

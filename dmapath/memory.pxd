@@ -15,6 +15,7 @@ cdef class PhysMemory:
     cdef uint64_t next_synthetic
     cdef readonly list peers  # Bars of this machine
     cdef list tags
+    cdef object moving  # one migration at a time
     cdef readonly object watchers, notifiers  # devices that reach them; who must know when pages move
     cdef object __weakref__
     cdef _place(self, uint64_t base, seed)

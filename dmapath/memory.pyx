@@ -3,6 +3,7 @@
 import os
 import random
 import struct
+import threading
 import weakref
 
 cimport cython
@@ -88,6 +89,7 @@ cdef class PhysMemory:
         self.arena = <char *>at
         self.next_synthetic = 1 << 50
         self.peers, self.tags, self.watchers, self.notifiers = [], [], weakref.WeakSet(), weakref.WeakSet()
+        self.moving = threading.Lock()
         self._place(base, seed)
 
     cdef _place(self, uint64_t base, seed):
@@ -213,22 +215,31 @@ cdef class PhysMemory:
         """Move the arena's pages that hold [offset, offset + length) to other physical frames, as the kernel does when it
         compacts memory or a process remaps.
 
-        Everyone who asked (``OdpRegion``) is told first, with the bytes of the pages that go (mmu_notifier's
-        invalidate_range_start), and must not use the old frames afterwards: nothing is there any more.
+        Everyone who asked (``OdpRegion``) is told before, with the bytes of the pages that go, and after (mmu_notifier's
+        invalidate_range_start and _end), and must not use the old frames any more: nothing is there.
         """
-        cdef size_t first, last, i
-        cdef uint64_t frame
+        cdef size_t first, last
         if self.page_size != PAGE:
             raise NotSupportedError("huge pages do not move", argument="self", value=self)
         offset, length = as_length(offset, "offset", least=0), as_length(length, "length")
         if offset + length > self.size:
             raise DmaValueError(f"offset + length within {self.size} bytes", argument="length", value=length)
         first, last = offset // PAGE, (offset + length + PAGE - 1) // PAGE
-        for notifier in list(self.notifiers):
-            notifier.invalidate(self, first * PAGE, (last - first) * PAGE)
-        fresh = _synthetic(self, last - first, "scattered", first)
-        self.remove_frames(self.frames_[first:last])
-        for i in range(first, last):
+        with self.moving:
+            told = list(self.notifiers)
+            for notifier in told:
+                notifier.invalidate_start(self, first * PAGE, (last - first) * PAGE)
+            try:
+                self._move(first, _synthetic(self, last - first, "scattered", first))
+            finally:
+                for notifier in told:
+                    notifier.invalidate_end()
+
+    def _move(self, size_t first, list fresh):
+        cdef uint64_t frame
+        cdef size_t i
+        self.remove_frames(self.frames_[first:first + len(fresh)])
+        for i in range(first, first + len(fresh)):
             frame = self.frames_[i] = fresh[i - first]
             if phys_mem_add(self.mem, frame, self.arena + i * 4096, False):
                 raise MemoryError("no memory for a physical memory map")
