@@ -16,21 +16,26 @@ from rich.table import Table
 
 from dmapath import compare as compare_mod
 from dmapath._version import __version__
+from dmapath.backends.grant import GrantTable
 from dmapath.backends.iommu import Iommu
 from dmapath.bio import Bio
 from dmapath.device import Device
 from dmapath.errors import DmaError
 from dmapath.explain import Explanation
+from dmapath.memory import PhysMemory
 from dmapath.mr import MemoryRegion
+from dmapath.pci import ACS_RR, BUS_ADDR, NOT_SUPPORTED, THRU_HOST_BRIDGE, Fabric, Function
 from dmapath.replay import Report
 from dmapath.replay import replay as replay_trace
 from dmapath.request import Mappable
 from dmapath.rules import CASES
 from dmapath.swiotlb import Swiotlb
+from dmapath.xen import XenDomain
 
 __all__ = ["main"]
 
 _OPS = {"to": "write", "from": "read"}
+_PEERS = {"bus": BUS_ADDR, "host-bridge": THRU_HOST_BRIDGE, "none": NOT_SUPPORTED}
 
 
 class Number(click.ParamType[int]):
@@ -124,29 +129,51 @@ def _compare_table(console: Console, rows: list[dict[str, Any]]) -> None:
     )  # fmt: skip
 
 
+def _six_table(console: Console, six: list[dict[str, Any]]) -> None:
+    table = Table(title="the six cases, one driver", title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+                  pad_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
+    for name in ("#", "set-up", "policy", "layout", "segs", "kept\nbytes", "bounced\nbytes", "IOTLB\ninval", "exposed", "data"):
+        left = name in ("set-up", "policy", "layout")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for r in sorted(six, key=lambda r: (r["number"], r["policy"])):
+        refused = r["error"] is not None
+        what = ("refused", "-", "-", "-", "-", "-", "-") if refused else (
+            r["layout"], r["segments"], r["unmap_state_bytes"], r["bounced_bytes"], r["invalidations"],
+            "all" if r["exposed_bytes"] is None else r["exposed_bytes"], "ok" if r["verified"] else "WRONG")  # fmt: skip
+        table.add_row(*(str(cell) for cell in (r["number"], r["setup"], r["policy"], *what)))
+    console.print(table)
+    for r in six:
+        if r["error"] is not None:
+            console.print(f"case {r['number']}, policy {r['policy']}: {r['error']}", highlight=False)
+    console.print()
+
+
 @cli.command()
 @click.option("--json", "json_path", metavar="FILE|-", help="Write the rows as one JSON object; - is standard output.")
 @click.option("--plot", "plot_path", metavar="FILE.png|.svg", help="Draw the figures.")
 def compare(json_path: str | None, plot_path: str | None) -> None:
-    """Aligned and unaligned requests, by Linux's rules and by the unified flow, on no, strict and lazy IOMMU."""
+    """The six cases through one driver; then aligned and unaligned requests, by Linux's rules and by the unified flow, on
+    no, strict and lazy IOMMU."""
     if plot_path is not None and not plot_path.endswith((".png", ".svg")):
         raise click.UsageError("--plot wants a name that ends in .png or .svg")
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("mapping", total=1)
         rows = compare_mod.rows(lambda done, of: bar.update(task, completed=done, total=of))
-    text = json.dumps(compare_mod.json_object(rows), indent=1)
+    six = compare_mod.six_rows()
+    text = json.dumps(compare_mod.json_object(rows, six), indent=1)
     if json_path == "-":
         click.echo(text)
     else:
         if json_path is not None:
             _write(json_path, text + "\n")
         console = _console()
+        _six_table(console, six)
         _compare_table(console, rows)
         for sentence in compare_mod.sentences(rows):
             console.print(sentence, highlight=False)
     if plot_path is not None:
         _plot(rows, plot_path)
-    if not all(r["verified"] for r in rows):
+    if not all(r["verified"] for r in rows) or any(r["verified"] is False for r in six):
         sys.exit(1)
 
 
@@ -175,7 +202,8 @@ def _plot(rows: list[dict[str, Any]], path: str) -> None:
 @cli.command()
 @click.argument("ranges", nargs=-1, required=True, type=Range(), metavar="PHYS+LEN...")
 @click.option("--policy", type=click.Choice(["unified", "linux"]), default="unified", show_default=True)
-@click.option("--backend", type=click.Choice(["direct", "iommu"]), default="iommu", show_default=True)
+@click.option("--backend", type=click.Choice(["direct", "iommu", "xen", "grant"]), default="iommu", show_default=True,
+              help="xen: machine frames, by swiotlb-xen. grant: Xen grant references.")  # fmt: skip
 @click.option("--mode", type=click.Choice(["strict", "lazy"]), default="strict", show_default=True)
 @click.option("--dir", "direction", type=click.Choice(["to", "from", "bidi"]), default="from", show_default=True,
               help="to: the device reads memory. bidi: a memory region.")  # fmt: skip
@@ -184,6 +212,12 @@ def _plot(rows: list[dict[str, Any]], path: str) -> None:
 @click.option("--untrusted", is_flag=True, help="It may see nothing but the bytes it was given.")
 @click.option("--swiotlb", type=click.Choice(["none", "pool", "force"]), default="pool", show_default=True,
               help="Is there a bounce pool; force: everything without an IOMMU goes through it.")  # fmt: skip
+@click.option("--p2p", type=Range(), multiple=True, metavar="PHYS+LEN", help="A peer's BAR; give it once for each.")
+@click.option("--p2p-type", type=click.Choice(list(_PEERS)), default="bus", show_default=True,
+              help="How the peers are reached: by bus address (one switch, no ACS redirect), through the host bridge, or not.")  # fmt: skip
+@click.option("--p2p-bus-offset", type=Number(), default=0, help="Bus address minus physical address.")
+@click.option("--xen-frames", type=click.Choice(["scattered", "contiguous"]), default="scattered", show_default=True,
+              help="How machine frames lie behind the buffers.")  # fmt: skip
 @click.option("--non-coherent", is_flag=True, help="CPU caches do not see its DMA.")
 @click.option("--min-align-mask", type=Number(), default=0, help="Address bits a bounce buffer must keep.")
 @click.option("--max-segments", type=Number(), default=2**16 - 1)
@@ -199,9 +233,7 @@ def explain(
 ) -> None:  # fmt: skip
     """Will this buffer list become one range, a gapped range, many ranges, a bounce or an error, and by which rule?"""
     options["coherent"] = not options.pop("non_coherent")
-    pool = options.pop("swiotlb")
-    options["swiotlb"] = None if pool == "none" else Swiotlb(force=pool == "force")
-    device = Device(iommu=Iommu(mode) if backend == "iommu" else None, **options)
+    device = _explained_device(ranges, backend, mode, options)
     request: Mappable
     if direction == "bidi":
         request = MemoryRegion(ranges, length=sum(n for _, n in ranges))
@@ -212,6 +244,39 @@ def explain(
         click.echo(json.dumps(told.to_dict(), indent=1))
     else:
         _print_explanation(_console(), told)
+
+
+def _explained_device(ranges: tuple[tuple[int, int], ...], backend: str, mode: str, options: dict[str, Any]) -> Device:
+    """A device as the options describe it, on a machine that has just the memory that they name."""
+    peers, kind, offset = (options.pop(k) for k in ("p2p", "p2p_type", "p2p_bus_offset"))
+    frames, wants_pool = options.pop("xen_frames"), options.pop("swiotlb")
+    memory = PhysMemory(4096, base=1 << 50)  # the arena itself is nothing's buffer
+    pool = None if wants_pool == "none" else Swiotlb(memory if backend == "xen" else None, force=wants_pool == "force")
+    if peers:
+        options["memory"], options["pci"] = memory, _fabric(memory, peers, kind, offset)
+    if backend == "xen":
+        xen = XenDomain(memory, pool=pool, layout=frames)
+        pages = sorted({p & ~4095 for at, n in ranges for p in range(at & ~4095, at + n, 4096)})
+        xen.populate([(p, 4096) for p in pages])
+        options["xen"] = xen
+    if backend == "grant":
+        options["grants"], pool = GrantTable(), None
+    return Device(iommu=Iommu(mode) if backend == "iommu" else None, swiotlb=pool, **options)
+
+
+def _fabric(memory: PhysMemory, peers: tuple[tuple[int, int], ...], kind: str, offset: int) -> Function:
+    fabric = Fabric()
+    switch = None
+    for at, size in peers:
+        bridge = (0x8086, 0x2020) if kind != "none" else (0, 0)
+        root = fabric.root_complex(bridge, window=(at & ~4095, -(-size // 4096) * 4096), bus_offset=offset)
+        switch = root.port().switch()
+        peer = switch.port(acs=None if kind == "bus" else ACS_RR).function("peer")
+        peer.bar(memory, -(-size // 4096) * 4096)
+        if len(peers) > 1 and kind == "bus":
+            raise click.UsageError("--p2p-type bus takes one --p2p: peers by bus address share a switch")
+    assert switch is not None
+    return switch.port().function("device")
 
 
 def _print_explanation(console: Console, told: Explanation) -> None:

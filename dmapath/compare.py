@@ -11,13 +11,16 @@ from dmapath import _bench
 from dmapath.backends.iommu import Iommu
 from dmapath.bio import Bio
 from dmapath.costs import modelled_ns
-from dmapath.device import Device
+from dmapath.device import Device, Mapping
 from dmapath.engine import DmaEngine
 from dmapath.memory import PhysMemory
 from dmapath.mr import MemoryRegion
+from dmapath.pci import Fabric
 from dmapath.request import Mappable
+from dmapath.rules import CASES
+from dmapath.swiotlb import Swiotlb
 
-__all__ = ["Case", "cases", "json_object", "rows", "sentences"]
+__all__ = ["Case", "SixCase", "cases", "json_object", "rows", "sentences", "six_cases", "six_rows", "transfer"]
 
 PAGE = 4096
 BIO_RANGES = (1, 8, 32, 128)
@@ -60,6 +63,110 @@ def cases() -> Iterator[Case]:
             yield Case("bio", alignment, ranges, arena, places)
     for alignment, shift in (("aligned", 0), ("unaligned", UNALIGNED)):
         yield Case("mr", alignment, 1, pages, ((shift, MR_BYTES),))
+
+
+# ---- the six cases --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SixCase:
+    """One of the six cases of the discussion: a machine, and a request as (physical address, bytes) on it."""
+
+    number: int
+    words: str
+    device: Device
+    vecs: tuple[tuple[int, int], ...]
+
+    @property
+    def memory(self) -> PhysMemory:
+        """The machine's memory."""
+        memory: PhysMemory = self.device.memory
+        return memory
+
+    def bytes(self) -> bytes:
+        """What the request's memory holds, as the CPU sees it."""
+        return b"".join(self.memory.read(p, n) for p, n in self.vecs)
+
+
+def transfer(device: Device, request: Mappable, policy: str, move: Callable[[Mapping], bytes | int]) -> Mapping:
+    """The whole driver, the same for every case: map, give the segments to the hardware, unmap."""
+    mapping = device.map(request, policy)
+    try:
+        move(mapping)
+    finally:
+        mapping.unmap()
+    return mapping
+
+
+def six_cases() -> list[SixCase]:
+    """Fresh machines for the six cases, in their order."""
+    out = []
+    for number in range(1, 7):
+        memory = PhysMemory(64 * PAGE)
+        ranges = [(memory.phys(PAGE * at), PAGE) for at in (20, 8, 2)]
+        options: dict[str, Any] = {}
+        if number in (1, 6):
+            ranges = [(p + UNALIGNED, n) for p, n in ranges]
+        if number in (2, 3, 6):
+            options["iommu"] = Iommu("strict")
+        if number == 3:
+            switch = Fabric().root_complex().port().switch()
+            peer = switch.port().function("gpu").bar(memory, 1 << 20)
+            options["pci"] = switch.port().function("nic")
+            ranges.insert(1, peer.vecs(4 * PAGE, PAGE)[0])
+        if number in (4, 5):
+            options["swiotlb"] = Swiotlb(memory, slots=256, force=True)
+            ranges = ranges[:1] if number == 4 else ranges
+        device = Device(memory=memory, **options)
+        name, words = next((n, w) for n, w in CASES.values() if n == number)
+        out.append(SixCase(name, words, device, tuple((int(p), n) for p, n in ranges)))
+    return out
+
+
+def six_rows() -> list[dict[str, Any]]:
+    """One row per case and policy; bytes are moved and compared in both directions."""
+    rows = []
+    for policy in POLICIES:
+        for case in six_cases():
+            told = case.device.explain(Bio.from_phys(case.vecs, op="write"), policy)
+            rows.append(
+                {
+                    "number": case.number,
+                    "setup": case.words,
+                    "policy": policy,
+                    "case": told.case,
+                    "layout": told.layout,
+                    "segments": len(told.segments),
+                    "iova_allocs": told.iova_allocs,
+                    "invalidations": told.invalidations,
+                    "bounced_bytes": sum(n for _, _, n in told.bounced),
+                    "unmap_state_bytes": told.unmap_state_bytes,
+                    "exposed_bytes": told.exposed_bytes,
+                    "verified": None if told.error else _six_verified(case, policy),
+                    "error": told.error,
+                }
+            )
+    return rows
+
+
+def _six_verified(case: SixCase, policy: str) -> bool:
+    engine = DmaEngine(case.device)
+    for p, n in case.vecs:
+        case.memory.write(p, os.urandom(n))
+    want, got = case.bytes(), b""
+
+    def fetch(m: Mapping) -> bytes:
+        nonlocal got
+        got = engine.read(m.segments)
+        return got
+
+    transfer(case.device, Bio.from_phys(case.vecs, op="write"), policy, fetch)
+    incoming = os.urandom(len(want))
+    transfer(case.device, Bio.from_phys(case.vecs, op="read"), policy, lambda m: engine.write(m.segments, incoming))
+    return got == want and case.bytes() == incoming
+
+
+# ---- aligned and unaligned ------------------------------------------------------------------------------------------
 
 
 def _device(backend: str, mode: str, memory: PhysMemory) -> Device:
@@ -152,9 +259,9 @@ def rows(progress: Callable[[int, int], None] = lambda done, of: None) -> list[d
     return out
 
 
-def json_object(table: list[dict[str, Any]]) -> dict[str, Any]:
+def json_object(table: list[dict[str, Any]], six: list[dict[str, Any]]) -> dict[str, Any]:
     """The object that ``--json`` writes."""
-    return {"version": 1, "rows": table}
+    return {"version": 1, "rows": table, "cases": six}
 
 
 def _pick(table: list[dict[str, Any]], **want: object) -> dict[str, Any]:

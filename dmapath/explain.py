@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation"]
 
+_ADDRESSES = {"direct": "Physical addresses as they are", "xen": "Machine addresses as they are",
+              "grant": "Grant references, bit 63 set"}  # fmt: skip
+
 
 @dataclass
 class Explanation:
     """What ``Device.explain`` found. ``to_dict`` has the keys of the CLI's JSON; sizes are bytes."""
 
     policy: str
+    backend: str = ""
     case: str | None = None
     layout: str | None = None
     segments: list[tuple[int, int]] = field(default_factory=list)
@@ -63,7 +67,7 @@ class Explanation:
         pieces = "1 segment" if n == 1 else f"{n} segments"
         words = {
             "none": "Nothing: the request is empty.",
-            "direct": f"Physical addresses as they are, in {pieces}; no IOMMU is in the path.",
+            "direct": f"{_ADDRESSES.get(self.backend, _ADDRESSES['direct'])}, in {pieces}; no IOMMU is in the path.",
             "linear": f"One IOVA range that reads as {pieces}.",
             "gapped": f"One IOVA range with gaps: {pieces}, one allocation, one flush, nothing kept per range.",
             "bounced": f"Bounce buffers: {pieces}, copied in now and back at unmap.",
@@ -88,11 +92,11 @@ def _covered(runs: list[tuple[int, int]]) -> int:
 
 def explain(device: Device, request: Mappable, policy: str) -> Explanation:
     """Map the request on a fresh device of the same kind, look, and unmap it."""
-    if device.backend.name not in ("direct", "iommu"):
+    if device.backend.name not in ("direct", "iommu", "xen", "grant"):
         raise NotSupportedError(f"explain needs a fresh IOVA space, and the back end {device.backend.name!r} gives none",
                                 argument="device", value=device)
     trial = device.fresh()
-    out = Explanation(policy)
+    out = Explanation(policy, device.backend.name)
     recorded = trial.backend.name == "iommu"
     if recorded:
         trial.backend.record(True)
@@ -123,6 +127,10 @@ def explain(device: Device, request: Mappable, policy: str) -> Explanation:
         seen = [m for m in out.maps if trial.swiotlb is None or m[1] not in trial.swiotlb]
         asked = [(int(p), n) for p, n in request.wanted]
         out.exposed_bytes = _covered([(p, n) for _, p, n in seen] + asked) - _covered(asked)
+    elif out.backend == "grant":
+        asked = [(int(p), n) for p, n in request.wanted]
+        pages = [(p & ~4095, (p + n + 4095 & ~4095) - (p & ~4095)) for p, n in asked]
+        out.exposed_bytes = _covered(pages) - _covered(asked)
     else:
         out.exposed_bytes = None
     counters = trial.counters()
@@ -138,6 +146,8 @@ def _after(device: Device, out: Explanation, *, two_step: bool) -> list[str]:
         return []
     if out.exposed_bytes is None:
         return ["see-all"]
+    if out.backend == "grant":
+        return ["granted", *(["exposure"] if out.exposed_bytes else [])]
     flush = "flush-now" if two_step else "flush-queue" if device.backend.mode == "lazy" else "flush-strict"
     return [flush, *(["exposure"] if out.exposed_bytes else [])]
 

@@ -85,7 +85,8 @@ RULES: dict[str, Rule] = {
     "flush-strict": Rule("__iommu_dma_unmap (strict)", "each unmap flushes its range from the IOTLB at once"),
     "flush-queue": Rule("queue_iova (lazy)",
                         "unmaps are queued: 256 of them or 10 ms share one full flush, and stale entries live till then"),
-    "exposure": Rule("iommu_map (granule)", "whole granules are mapped: the device also sees bytes around the ranges"),
+    "exposure": Rule("iommu_map (granule)", "whole pages are mapped: the device also sees bytes around the ranges"),
+    "granted": Rule("xen_grant_dma_map_phys", "the other domain sees the pages that are granted, and nothing else"),
     "see-all": Rule("dma_direct_map_phys", "without an IOMMU the device can reach all memory under its mask"),
 }
 

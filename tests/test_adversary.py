@@ -99,7 +99,7 @@ def test_directions_are_meant() -> None:
 
 
 def test_ranges_are_refused_now_and_then_and_segments_cut() -> None:
-    memory, dev, _, _ = machine(7)
+    memory, dev, _, _ = machine(7, cut=0x600)
     layouts, lengths = set(), set()
     for _ in range(40):
         with dev.map(Bio.from_memory(memory, [(0, 8 * PAGE)], "write")) as m:

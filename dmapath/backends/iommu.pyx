@@ -168,7 +168,7 @@ cdef void take_back(dma_device *dev, uint64_t addr, uint64_t size, unsigned long
 
 # iommu_dma_iova_bounce_and_link: a part of one granule, `pad` bytes into it
 cdef int bounce_and_link(dma_device *dev, dma_iova_state *st, uint64_t addr, uint64_t phys, uint64_t size, uint64_t pad,
-                         unsigned prot) noexcept nogil:
+                         unsigned prot, unsigned long attrs) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
     cdef uint64_t at
     cdef pgt_walk w
@@ -180,6 +180,8 @@ cdef int bounce_and_link(dma_device *dev, dma_iova_state *st, uint64_t addr, uin
     if rc:
         drop_bounce(dev, at, False)
         return rc
+    if cpu_sync(dev, attrs):
+        clean_for_device(dev, at - pad, dom_up(d, size + pad))
     st.size |= DMA_IOVA_USE_SWIOTLB
     return 0
 
@@ -196,7 +198,7 @@ cdef int link_bounced(dma_device *dev, dma_iova_state *st, uint64_t addr, uint64
     if head:
         part = dom_granule(d) - head
         part = part if part < size else size
-        rc = bounce_and_link(dev, st, addr, phys, part, head, prot)
+        rc = bounce_and_link(dev, st, addr, phys, part, head, prot, attrs)
         if rc or part == size:
             return rc
         mapped = part
@@ -204,9 +206,11 @@ cdef int link_bounced(dma_device *dev, dma_iova_state *st, uint64_t addr, uint64
         part = size - mapped - tail
         rc = dom_map(d, &w, addr + mapped, phys + mapped, part, prot)
         if rc == 0:
+            if cpu_sync(dev, attrs):
+                clean_for_device(dev, phys + mapped, part)
             mapped += part
     if rc == 0 and tail:
-        rc = bounce_and_link(dev, st, addr + mapped, phys + mapped, tail, 0, prot)
+        rc = bounce_and_link(dev, st, addr + mapped, phys + mapped, tail, 0, prot, attrs)
     if rc and mapped:
         take_back(dev, addr, mapped, attrs)
     return rc
@@ -288,8 +292,8 @@ cdef inline int link_ranges(dma_device *dev, dma_iova_state *st, const phys_vec 
     if unlikely(rc):
         if span_of(d, v, n, gapped) > end - st.addr.v - offset:
             return -ERANGE
-        rc = link_bounced_vec(dev, st, v, n, offset, dir, attrs, gapped)
-    elif gapped:
+        return link_bounced_vec(dev, st, v, n, offset, dir, attrs, gapped)
+    if gapped:
         rc = dom_link_gapped(d, st.addr.v + offset, end, v, n, prot_of(dev, dir, attrs))
     else:
         rc = dom_link_vec(d, st.addr.v + offset, end, v, n, prot_of(dev, dir, attrs))
