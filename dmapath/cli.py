@@ -132,7 +132,8 @@ def _compare_table(console: Console, rows: list[dict[str, Any]]) -> None:
 def _six_table(console: Console, six: list[dict[str, Any]]) -> None:
     table = Table(title="the six cases, one driver", title_justify="left", title_style="bold", box=SIMPLE_HEAD,
                   pad_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
-    for name in ("#", "set-up", "policy", "layout", "segs", "kept\nbytes", "bounced\nbytes", "IOTLB\ninval", "exposed", "data"):
+    for name in ("#", "set-up", "policy", "layout", "segs", "kept\nbytes", "bounced\nbytes", "IOTLB\ninval", "exposed",
+                 "data"):  # fmt: skip
         left = name in ("set-up", "policy", "layout")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for r in sorted(six, key=lambda r: (r["number"], r["policy"])):
@@ -153,7 +154,8 @@ def _six_table(console: Console, six: list[dict[str, Any]]) -> None:
 @click.option("--plot", "plot_path", metavar="FILE.png|.svg", help="Draw the figures.")
 def compare(json_path: str | None, plot_path: str | None) -> None:
     """The six cases through one driver; then aligned and unaligned requests, by Linux's rules and by the unified flow, on
-    no, strict and lazy IOMMU."""
+    no, strict and lazy IOMMU.
+    """
     if plot_path is not None and not plot_path.endswith((".png", ".svg")):
         raise click.UsageError("--plot wants a name that ends in .png or .svg")
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -214,7 +216,7 @@ def _plot(rows: list[dict[str, Any]], path: str) -> None:
               help="Is there a bounce pool; force: everything without an IOMMU goes through it.")  # fmt: skip
 @click.option("--p2p", type=Range(), multiple=True, metavar="PHYS+LEN", help="A peer's BAR; give it once for each.")
 @click.option("--p2p-type", type=click.Choice(list(_PEERS)), default="bus", show_default=True,
-              help="How the peers are reached: by bus address (one switch, no ACS redirect), through the host bridge, or not.")  # fmt: skip
+              help="How peers are reached: by bus address (one switch, no ACS), by the host bridge, not.")  # fmt: skip
 @click.option("--p2p-bus-offset", type=Number(), default=0, help="Bus address minus physical address.")
 @click.option("--xen-frames", type=click.Choice(["scattered", "contiguous"]), default="scattered", show_default=True,
               help="How machine frames lie behind the buffers.")  # fmt: skip

@@ -1,6 +1,6 @@
 """dma-debug: mistakes in how a driver uses the DMA API, each with the mapping it concerns and the two places in the code.
 
-The checks are those of kernel/dma/debug.c, and as many again for the two-step API, which Linux does not check at all. Attach a
+The checks are those of kernel/dma/debug.c, and more for the two-step API, which Linux does not check at all. Attach a
 DmaDebug before the first mapping; without one a device pays nothing.
 """
 
@@ -443,7 +443,8 @@ class DmaDebug:
 
     def _hole(self, entry: Entry, start: int, end: int) -> int | None:
         """The first byte of [start, end) that no link covers; what lies inside granules between gapped links counts as
-        covered, since whole granules are mapped."""
+        covered, since whole granules are mapped.
+        """
         assert self._device is not None
         gm, at = self._device.merge_boundary, start
         base = entry.addr & gm

@@ -13,9 +13,9 @@ from libc.string cimport memset
 
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_BIDIRECTIONAL, DMA_DEV_BOUNCED, DMA_DEV_COHERENT, DMA_P2P_BUS_ADDR,
-    DMA_P2P_NOT_SUPPORTED, DMA_P2P_THRU_HOST_BRIDGE, dma_addr, dma_addr_t, dma_device, dma_iova_free, dma_iova_link,
-    dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_map_phys, dma_p2p_find, dma_p2p_range,
-    dma_unmap_phys, phys_addr, phys_addr_t,
+    DMA_P2P_NOT_SUPPORTED, dma_addr, dma_addr_t, dma_device, dma_iova_free, dma_iova_link, dma_iova_state,
+    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_map_phys, dma_p2p_find, dma_p2p_range, dma_unmap_phys,
+    phys_addr, phys_addr_t,
 )
 from dmapath.device cimport Device
 from dmapath.memory cimport PhysMemory
@@ -39,7 +39,7 @@ cdef int hmm_dma_map_alloc(dma_device *dev, hmm_dma_map *map, uint64_t nr, uint6
     memset(map, 0, sizeof(hmm_dma_map))
     if not dev.flags & DMA_DEV_COHERENT or dev.flags & DMA_DEV_BOUNCED:
         return -EOPNOTSUPP
-    if nr == 0 or entry_size == 0 or entry_size & (entry_size - 1) or nr > (1ULL << 62) // entry_size:
+    if nr == 0 or entry_size == 0 or entry_size & (entry_size - 1) or nr >> 40 or entry_size >> 22:
         return -EINVAL
     map.nr = nr
     map.entry_size = entry_size
@@ -233,8 +233,8 @@ cdef class HmmMap:
 
 
 class OdpRegion:
-    """A memory region whose pages the device reaches on demand (ib_umem_odp): ``fault`` maps pages, and when the memory moves
-    them (``PhysMemory.migrate``) they are unmapped before they go.
+    """A memory region whose pages the device reaches on demand (ib_umem_odp): ``fault`` maps pages, and when the memory
+    moves them (``PhysMemory.migrate``) they are unmapped before they go.
 
     Parameters
     ----------

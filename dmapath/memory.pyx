@@ -15,8 +15,8 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from dmapath._core cimport (
-    phys_mem_add, phys_mem_copy, phys_mem_destroy, phys_mem_evict, phys_mem_full, phys_mem_host, phys_mem_init, phys_mem_read_lock,
-    phys_mem_read_unlock, phys_mem_remove,
+    phys_mem_add, phys_mem_copy, phys_mem_destroy, phys_mem_evict, phys_mem_full, phys_mem_host, phys_mem_init,
+    phys_mem_read_lock, phys_mem_read_unlock, phys_mem_remove,
 )
 from dmapath.abi cimport phys_mem
 

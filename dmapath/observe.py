@@ -66,7 +66,8 @@ class StaleUse:
     after_ns: int
 
     def __str__(self) -> str:
-        return (f"the device {'wrote' if self.write else 'read'} {self.iova:#x} through a stale IOTLB entry, {self.after_ns} ns "
+        verb = "wrote" if self.write else "read"
+        return (f"the device {verb} {self.iova:#x} through a stale IOTLB entry, {self.after_ns} ns "
                 f"after the unmap at {self.unmapped} (mapped at {self.made})")  # fmt: skip
 
 

@@ -68,7 +68,7 @@ RULES: dict[str, Rule] = {
     "p2p-host-bridge": Rule("pci_p2pdma_map_type (THRU_HOST_BRIDGE)",
                             "a peer that is reached through the host bridge: mapped like memory, as MMIO"),
     "p2p-refused": Rule("pci_p2pdma_map_type (NOT_SUPPORTED)",
-                        "the device cannot reach that peer's memory: no common switch, and the host bridge does not forward"),
+                        "the device cannot reach that peer's memory: no common switch, and no host bridge that forwards"),
     "p2p-mix": Rule("bio_add_page (zone_device_pages_compatible)",
                     "Linux's bios hold memory of one kind and provider: the first segment decides for all"),
     "bounced": Rule("swiotlb_map",

@@ -20,8 +20,8 @@ from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_FAULT_NOT_PRESENT, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_iova_size,
-    dma_iova_state, dma_ops, dma_seg, phys_addr_t, phys_vec,
+    DMA_FAULT_NOT_PRESENT, dma_addr_t, dma_data_direction, dma_device, dma_fault, dma_iova_size, dma_iova_state,
+    dma_seg, phys_addr_t, phys_vec,
 )
 
 from dmapath.request import DIRECTIONS

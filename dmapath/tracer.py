@@ -210,7 +210,8 @@ class Tracer:
 
 def map_like_nvme(device: Device, bio: Bio) -> tuple[str, list[tuple[int, int]]]:
     """Map and unmap a bio as the NVMe driver asks for it (nvme_map_data): one physical segment by itself, anything else as a
-    request by policy ``linux``. Returns the layout ("single" for the first) and the segments (address, bytes)."""
+    request by policy ``linux``. Returns the layout ("single" for the first) and the segments (address, bytes).
+    """
     pieces = iterate(bio, device)
     if len(pieces) == 1:
         [(phys, n)] = pieces

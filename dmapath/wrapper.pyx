@@ -12,12 +12,18 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_DEV_COHERENT, DMA_LAYOUT_BOUNCED,
-    DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR, DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE,
-    DMA_MAP_CHUNK, DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED, DMA_P2P_THRU_HOST_BRIDGE, DMA_POLICY_LINUX, DMA_RQ_SG, DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr,
-    dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter, dma_map_state, dma_p2p_at, dma_p2p_range,
-    dma_policy, dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t, phys_vec,
+    DMA_ATTR_MMIO, DMA_DEV_COHERENT, DMA_LAYOUT_BOUNCED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR,
+    DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE, DMA_MAP_CHUNK, DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED,
+    DMA_P2P_THRU_HOST_BRIDGE, DMA_POLICY_LINUX, DMA_RQ_SG, DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr,
+    dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter, dma_map_state, dma_p2p_at,
+    dma_p2p_range, dma_policy, dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t, phys_vec,
 )
+
+cdef extern from *:
+    """
+    #define likely(x) __builtin_expect(!!(x), 1)
+    """
+    bint likely(bint) noexcept nogil
 
 # One bit for each rule that can decide; dmapath.rules has the words.
 cdef enum:
@@ -639,15 +645,15 @@ cdef inline int next_saved(dma_map_state *st, dma_map_iter *it, dma_seg *seg) no
 
 
 cdef int map_next(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    if it.p2p and not st.sg:
-        return next_p2p(dev, st, it, seg) if st.layout != DMA_LAYOUT_NONE else 0
     if st.layout == DMA_LAYOUT_GAPPED:
-        return next_gapped(dev, it, seg)
+        return next_gapped(dev, it, seg) if likely(it.p2p == 0) else next_p2p(dev, st, it, seg)
     if st.sg:
         return next_saved(st, it, seg)
-    if st.layout == DMA_LAYOUT_LINEAR:
-        return next_linear(dev, st, it, seg)
-    return next_each(dev, st, it, seg) if st.layout != DMA_LAYOUT_NONE else 0
+    if likely(it.p2p == 0):
+        if st.layout == DMA_LAYOUT_LINEAR:
+            return next_linear(dev, st, it, seg)
+        return next_each(dev, st, it, seg) if st.layout != DMA_LAYOUT_NONE else 0
+    return next_p2p(dev, st, it, seg) if st.layout != DMA_LAYOUT_NONE else 0
 
 
 cdef int unmap(dma_device *dev, dma_map_state *st) noexcept nogil:

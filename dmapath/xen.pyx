@@ -8,7 +8,7 @@ from libc.errno cimport EEXIST, EINVAL
 from libc.stdint cimport UINT64_MAX, uint64_t
 
 from dmapath._core cimport (
-    phys_mem_host, xen_clear, xen_destroy, xen_init, xen_local, xen_machine, xen_mergeable, xen_phys, xen_set,
+    phys_mem_host, xen_clear, xen_destroy, xen_init, xen_machine, xen_mergeable, xen_phys, xen_set,
 )
 from dmapath.abi cimport dma_device
 from dmapath.memory cimport PhysMemory
@@ -22,7 +22,7 @@ SEGMENT = 256 << 10
 
 @cython.no_gc_clear
 cdef class XenDomain:
-    """A PV guest with devices of its own. ``Device(xen=domain)`` maps by machine frames and, where that cannot work, bounces.
+    """A PV guest with devices of its own. ``Device(xen=domain)`` maps by machine frames and bounces where that cannot work.
 
     Parameters
     ----------

@@ -1,5 +1,5 @@
-"""Every back end and every kind of memory under one random driver, with the bytes that must arrive as the model; and the same
-request on all of them, byte for byte.
+"""Every back end and every kind of memory under one random driver, with the bytes that must arrive as the model; and the
+same request on all of them, byte for byte.
 
 DMAPATH_STEPS sets the steps of the state machine (a fifth of it here).
 """
@@ -18,7 +18,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from dmapath import (
-    Adversary, Bio, Device, DmaDebug, DmaEngine, DmaError, Fabric, GrantTable, HostBuffer, Iommu, MemoryRegion, PhysMemory, Swiotlb,
+    Adversary,
+    Bio,
+    Device,
+    DmaDebug,
+    DmaEngine,
+    DmaError,
+    Fabric,
+    GrantTable,
+    HostBuffer,
+    Iommu,
+    MemoryRegion,
+    PhysMemory,
+    Swiotlb,
     XenDomain,
 )  # fmt: skip
 
@@ -86,7 +98,7 @@ def _peers(name: str, acs: int | None, iommu: str | None, **kw: Any) -> Machine:
     switch = Fabric().root_complex(bus_offset=-0x1000000000).port().switch()
     bar = switch.port(acs=acs).function("gpu").bar(memory, 64 * PAGE)
     nic = switch.port().function("nic")
-    dev = Device(memory=memory, pci=nic, iommu=None if iommu is None else Iommu(iommu), **kw)  # type: ignore[arg-type]
+    dev = Device(memory=memory, pci=nic, iommu=None if iommu is None else Iommu(iommu), **kw)
     m = Machine(name, memory, dev, mixes=False)
     m.slots += [int(bar.phys(i * 8 * PAGE)) for i in range(6)]
     m.kinds += ["peer"] * 6
@@ -108,7 +120,8 @@ MACHINES: dict[str, Any] = {
     "caching": lambda: _plain("caching", iommu=Iommu("strict", caching_mode=True)),
     "passthrough": lambda: _plain("passthrough", iommu=Iommu("passthrough")),
     "small-mask": lambda: _plain("small-mask", iommu=Iommu("strict"), dma_mask=0x3FFFF),
-    "untrusted": lambda: _plain("untrusted", iommu=Iommu("lazy"), untrusted=True, min_align_mask=0xFFF, pool={}, bounces=True),
+    "untrusted": lambda: _plain("untrusted", iommu=Iommu("lazy"), untrusted=True, min_align_mask=0xFFF, pool={},
+                                bounces=True),
     "iommu-noncoherent": lambda: _plain("iommu-noncoherent", iommu=Iommu("strict"), coherent=False, bounces=True),
     "untrusted-noncoherent": lambda: _plain("untrusted-noncoherent", iommu=Iommu("strict"), coherent=False, untrusted=True,
                                             min_align_mask=0xFFF, pool={}, bounces=True),
@@ -165,7 +178,8 @@ class Driver(RuleBasedStateMachine):
           how=st.sampled_from(["request", "request", "request", "sg", "phys", "region"]),
           parts=st.lists(st.tuples(st.integers(0, 99), offsets, sizes), min_size=1, max_size=6))  # fmt: skip
     def map(self, op: str, policy: str, how: str, parts: list[tuple[int, int, int]]) -> None:
-        ranges, used = [], []
+        ranges: list[tuple[int, int]] = []
+        used: list[int] = []
         for pick, off, n in parts[: 1 if how == "phys" else 6]:
             candidates = sorted(self.free - set(used))
             if not candidates:
@@ -257,7 +271,8 @@ class Driver(RuleBasedStateMachine):
         elif x.how == "sg":
             self.m.dev.unmap_sg(x.segments)
         else:
-            self.m.dev.unmap_phys(*x.segments[0], "from_device" if x.op == "read" else "to_device")
+            [(addr, n)] = x.segments
+            self.m.dev.unmap_phys(addr, n, "from_device" if x.op == "read" else "to_device")
         self.free |= set(x.used)
         assert self._cpu(x.ranges) == x.data
 

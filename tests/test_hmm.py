@@ -12,7 +12,18 @@ import pytest
 from conftest import lazy, live, strict
 
 from dmapath import (
-    Device, DmaDebug, DmaEngine, DmaError, DmaFault, Fabric, HmmMap, Iommu, OdpRegion, PhysMemory, Swiotlb, hmm,
+    Device,
+    DmaDebug,
+    DmaEngine,
+    DmaError,
+    DmaFault,
+    Fabric,
+    HmmMap,
+    Iommu,
+    OdpRegion,
+    PhysMemory,
+    Swiotlb,
+    hmm,
 )
 
 ErrnoOf = Callable[..., int]

@@ -17,7 +17,7 @@ BACK_ENDS = [None, "strict", "lazy", "pool"]
 def machine(how: str | None, **kw: Any) -> tuple[PhysMemory, Device, DmaEngine]:
     memory = PhysMemory(1 << 18, base=BASE)
     pool = Swiotlb(memory, slots=128, force=True) if how == "pool" else None
-    unit = Iommu(how) if how in ("strict", "lazy") else None  # type: ignore[arg-type]
+    unit = Iommu(how) if how in ("strict", "lazy") else None
     dev = Device(iommu=unit, memory=memory, swiotlb=pool, coherent=False, **kw)
     return memory, dev, DmaEngine(dev)
 

@@ -11,7 +11,18 @@ import pytest
 from conftest import live
 
 from dmapath import (
-    Bio, Device, DmaEngine, DmaError, DmaFault, Exposure, FaultInjector, Iommu, MemoryRegion, PhysMemory, StaleUseError, Swiotlb,
+    Bio,
+    Device,
+    DmaEngine,
+    DmaError,
+    DmaFault,
+    Exposure,
+    FaultInjector,
+    Iommu,
+    MemoryRegion,
+    PhysMemory,
+    StaleUseError,
+    Swiotlb,
     Tracer,
 )  # fmt: skip
 from dmapath.observe import OPS
@@ -30,7 +41,8 @@ DEVICES: dict[str, Any] = {
     "lazy": lambda m: Device(iommu=Iommu("lazy"), memory=m),
     "direct": lambda m: Device(memory=m),
     "forced": lambda m: Device(memory=m, swiotlb=Swiotlb(m, slots=256, force=True)),
-    "untrusted": lambda m: Device(iommu=Iommu(), memory=m, swiotlb=Swiotlb(m, slots=256), untrusted=True, min_align_mask=0xFFF),
+    "untrusted": lambda m: Device(iommu=Iommu(), memory=m, swiotlb=Swiotlb(m, slots=256), untrusted=True,
+                                  min_align_mask=0xFFF),
     "non-coherent": lambda m: Device(iommu=Iommu(), memory=m, coherent=False),
 }
 
@@ -133,7 +145,8 @@ def test_neighbouring_bytes_are_counted_for_each_mapping_and_summed() -> None:
     dev.map(Bio([(BASE, PAGE)])).unmap()
     dev.map(Bio([(BASE + 0x200, 0x300), (BASE + 0x5100, 0x40)])).unmap()
     dev.unmap_phys(dev.map_phys(BASE + 0x10, 0x20), 0x20)
-    assert [(m.bytes, m.neighbours) for m in exposure.mappings] == [(PAGE, 0), (0x340, 2 * PAGE - 0x340), (0x20, PAGE - 0x20)]
+    seen = [(m.bytes, m.neighbours) for m in exposure.mappings]
+    assert seen == [(PAGE, 0), (0x340, 2 * PAGE - 0x340), (0x20, PAGE - 0x20)]
     assert exposure.summary() == {"mappings": 3, "bytes": PAGE + 0x360, "neighbour_bytes": 3 * PAGE - 0x360, "stale_now": 0,
                                   "longest_stale_ns": 0, "stale_uses": 0}  # fmt: skip
 

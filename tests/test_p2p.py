@@ -11,8 +11,19 @@ import pytest
 from conftest import live
 
 from dmapath import (
-    Bar, Bio, Device, DmaEngine, DmaError, DmaFault, Fabric, Iommu, MemoryRegion, PhysMemory, Request,
-    RootComplex, pci,
+    Bar,
+    Bio,
+    Device,
+    DmaEngine,
+    DmaError,
+    DmaFault,
+    Fabric,
+    Iommu,
+    MemoryRegion,
+    PhysMemory,
+    Request,
+    RootComplex,
+    pci,
 )  # fmt: skip
 
 ErrnoOf = Callable[..., int]

@@ -21,11 +21,11 @@ SRC = Path(os.environ.get("DMAPATH_SRC", HERE.parent))
 LAYERS = [
     ["_version", "errors", "addr", "abi", "_core", "costs"],
     ["request", "memory", "backends.base"],
-    ["swiotlb"],
-    ["backends.direct", "backends.iommu", "bio", "mr", "wrapper"],
+    ["swiotlb", "pci", "xen", "tap"],
+    ["backends.direct", "backends.iommu", "backends.grant", "backends.python", "bio", "mr", "wrapper"],
     ["rules"],
     ["device"],
-    ["explain", "engine", "_bench"],
+    ["explain", "engine", "_bench", "hmm", "debug", "observe", "adversary", "tracer"],
     ["trace"],
     ["compare", "replay", "plot"],
     ["cli"],
@@ -79,11 +79,13 @@ def test_the_core_needs_no_python() -> None:
 
 HOT = {
     "wrapper": ["map_start", "start_unified", "start_linux", "link_all", "measure", "map_next", "next_linear", "next_gapped",
-                "next_each", "unmap"],
+                "next_each", "unmap", "next_piece", "start_unified_p2p", "link_pieces", "next_p2p"],
     "request": ["vec_fill"],
     "backends/iommu": ["iommu_try_alloc", "link_ranges", "iommu_link", "iommu_link_vec", "iommu_link_gapped", "iommu_sync",
                        "iommu_unlink", "iommu_free", "iommu_map_phys", "iommu_unmap_phys", "iommu_access"],
-    "backends/direct": ["direct_map_phys", "direct_unmap_phys", "direct_access"],
+    "backends/direct": ["direct_map_phys", "direct_unmap_phys", "direct_map_sg", "direct_access"],
+    "backends/grant": ["map_run", "unmap_run", "grant_access"],
+    "hmm": ["hmm_dma_map_alloc", "hmm_dma_map_pfn", "hmm_dma_unmap_pfn"],
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 # cython: language_level=3
-"""No IOMMU: a DMA address is a physical address, moved by a bus offset where the platform has one, or a machine address where
-Xen lies below.
+"""No IOMMU: a DMA address is a physical address, moved by a bus offset where the platform has one, or a machine address
+where Xen lies below.
 
 Mirrors kernel/dma/direct.c and drivers/xen/swiotlb-xen.c of Linux 7.3: what the device cannot use where it is bounces, if
 there is a pool.
@@ -14,10 +14,10 @@ from dmapath._core cimport (
     swiotlb_unmap, swiotlb_want, xen_domain, xen_local, xen_machine, xen_phys, xen_straddles,
 )
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_BOUNCED, DMA_DEV_COHERENT, DMA_FAULT_BUS,
-    DMA_FROM_DEVICE, DMA_NONE, DMA_P2P_BUS_ADDR, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, DMAPATH_ABI, dma_addr, dma_addr_t,
-    dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_ops, dma_ops_init, dma_p2p_find, dma_p2p_peer,
-    dma_p2p_range, dma_seg, phys_addr, phys_addr_t, phys_vec,
+    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_BOUNCED, DMA_DEV_COHERENT,
+    DMA_FAULT_BUS, DMA_FROM_DEVICE, DMA_NONE, DMA_P2P_BUS_ADDR, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, DMAPATH_ABI,
+    dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_ops, dma_ops_init,
+    dma_p2p_find, dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 from dmapath.xen cimport XenDomain

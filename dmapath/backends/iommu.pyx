@@ -10,22 +10,24 @@ from libc.stdlib cimport free
 from libc.string cimport memset
 
 from dmapath._core cimport (
-    C_BARRIERS, C_BOUNCED_BYTES, C_BOUNCES, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL, C_INVAL_RANGE, C_IOVA_ALLOC_BYTES,
-    C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR, C_PTE_SET, C_SG_MAPS, C_SG_UNMAPS,
-    C_SYNC_FLUSH, C_SYNCS, C_UNBOUNCES, C_UNLINKS, C_UNMAPS, EV_BARRIER, EV_BOUNCE, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS,
-    PROT_CACHE, PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV, PROT_READ_, PROT_WRITE_, count, core_alloc, counter_read, dma_mark_bounced,
-    dom_alloc_iova, dom_attach, dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova,
-    dom_granule, dom_iova_to_phys, dom_link_gapped, dom_link_page, dom_link_vec, dom_map, dom_off, dom_queued,
-    dom_record, dom_sync_map, dom_unmap, dom_unmap_free, dom_up, fail_point, iommu_domain, iommu_domain_config,
-    iommu_domain_create, iommu_domain_free, iommu_unit, iommu_unit_advance, iommu_unit_destroy, iommu_unit_init,
-    iova_alloc_fast, iova_cached_ranges, iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup,
-    pgt_walk, phys_mem_clean, phys_mem_inval, swiotlb_has, swiotlb_map, swiotlb_sync, swiotlb_unmap, swiotlb_want, swiotlb_zero_around,
+    C_BARRIERS, C_BOUNCED_BYTES, C_BOUNCES, C_CACHE_CLEAN, C_CACHE_INVAL, C_COUNT, C_FAULTS, C_INVAL_FULL,
+    C_INVAL_RANGE, C_IOVA_ALLOC_BYTES, C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR,
+    C_PTE_SET, C_SG_MAPS, C_SG_UNMAPS, C_SYNC_FLUSH, C_SYNCS, C_UNBOUNCES, C_UNLINKS, C_UNMAPS, EV_BARRIER,
+    EV_BOUNCE, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS, PROT_CACHE, PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV,
+    PROT_READ_, PROT_WRITE_, count, core_alloc, counter_read, dma_mark_bounced, dom_alloc_iova, dom_attach,
+    dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule, dom_iova_to_phys,
+    dom_link_gapped, dom_link_page, dom_link_vec, dom_map, dom_off, dom_queued, dom_record, dom_sync_map, dom_unmap,
+    dom_unmap_free, dom_up, fail_point, iommu_domain, iommu_domain_config, iommu_domain_create, iommu_domain_free,
+    iommu_unit, iommu_unit_advance, iommu_unit_destroy, iommu_unit_init, iova_alloc_fast, iova_cached_ranges,
+    iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup, pgt_walk, phys_mem_clean,
+    phys_mem_inval, swiotlb_has, swiotlb_map, swiotlb_sync, swiotlb_unmap, swiotlb_want, swiotlb_zero_around,
 )
 from dmapath.abi cimport (
     DMAPATH_ABI, DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_FROM_DEVICE, DMA_IOVA_USE_SWIOTLB, DMA_NONE,
-    DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_iova_size,
-    dma_iova_state, dma_ops, dma_ops_init, dma_p2p_find, dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr_t, phys_vec,
+    DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, dma_addr, dma_addr_t, dma_bus_ops,
+    dma_data_direction, dma_device, dma_fault, dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, dma_p2p_find,
+    dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 

@@ -1,8 +1,8 @@
 # cython: language_level=3
 """A back end written in Python: slow, for experiments and for tests of drivers.
 
-The object needs ``map_phys`` and ``unmap_phys``; what else it has, of the names below, is used. A method refuses by raising a
-DmaError, whose errno the caller sees. Addresses and sizes are plain integers (bytes), ``dir`` is a name.
+The object needs ``map_phys`` and ``unmap_phys``; what else it has, of the names below, is used. A method refuses by raising
+a DmaError, whose errno the caller sees. Addresses and sizes are plain integers (bytes), ``dir`` is a name.
 
 ====================  =========================================================================================
 ``attach``            (device): called once, with the Device
