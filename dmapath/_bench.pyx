@@ -2,12 +2,12 @@
 """Loops that measure, without Python between two operations. Used by ``dmapath compare`` and scripts/bench."""
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from dmapath.abi cimport (
     DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMA_TO_DEVICE, dma_addr_t, dma_device,
     dma_fault, dma_iova_destroy, dma_iova_link, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_map_iter,
-    dma_map_phys, dma_map_state, dma_policy, dma_seg, dma_unmap_phys, phys_addr, phys_vec,
+    dma_map_phys, dma_map_state, dma_policy, dma_seg, dma_unmap_phys, phys_addr, phys_addr_t, phys_vec,
 )
 from dmapath.device cimport Device
 from dmapath.memory cimport PhysMemory
@@ -199,3 +199,35 @@ def dma_against_memcpy(Device dev not None, segments, pages, long rounds):
     if rc:
         raise DmaError("the device faulted", errno=14)
     return best_dma, best_copy
+
+
+def bounce_against_memcpy(Device dev not None, uint64_t offset, uint64_t size, long rounds):
+    """Mapping and unmapping ``size`` bytes of the device's arena through its pool, to the device (one copy), and memcpy of the
+    same bytes into memory as large as the pool, in turn: best (bounce_ns, memcpy_ns) of blocks of 16."""
+    cdef PhysMemory mem = dev.memory
+    cdef uint64_t ring = <uint64_t>dev.swiotlb.slots * 2048, at = 0, t0, t1, t2, best_map = 1 << 62, best_copy = 1 << 62
+    cdef phys_addr_t phys = phys_addr(int(mem.phys(offset)))
+    cdef char *copy = <char *>malloc(ring + size)
+    cdef dma_addr_t addr
+    cdef int rc = 0
+    cdef long _round, i
+    if copy == NULL:
+        raise MemoryError("no memory for the copies")
+    memset(copy, 0, ring + size)
+    with nogil:
+        for _round in range(rounds):
+            t0 = now_ns()
+            for i in range(16):
+                rc |= dma_map_phys(&dev.c, phys, size, DMA_TO_DEVICE, 0, &addr)
+                rc |= dma_unmap_phys(&dev.c, addr, size, DMA_TO_DEVICE, 0)
+            t1 = now_ns()
+            for i in range(16):
+                memcpy(copy + at, mem.arena + offset, size)
+                at = at + size if at + size < ring else 0
+            t2 = now_ns()
+            best_map = t1 - t0 if t1 - t0 < best_map else best_map
+            best_copy = t2 - t1 if t2 - t1 < best_copy else best_copy
+    free(copy)
+    if rc:
+        raise DmaError("the pool is full", errno=12)
+    return best_map / 16, best_copy / 16

@@ -113,6 +113,70 @@ cdef class MemoryRegion(Mappable):
         return dma_blocks(segments, self.offset, self.length, self.iova, page_size)
 
 
+class FastMr:
+    """A fast-registration MR as rxe keeps it: FREE until a work request registers mapped segments under a key, VALID until
+    an invalidate (rxe_reg_fast_mr, rxe_invalidate_mr).
+
+    Parameters
+    ----------
+    index : int
+        The upper 24 bits of its keys; consumers choose the lower 8.
+    pd : object
+        The protection domain it belongs to.
+    max_pages : int
+        Pages of ``page_size`` bytes that it can hold; at most 512.
+    """
+
+    def __init__(self, index, pd, *, max_pages=256, page_size=PAGE):
+        if not 0 < index < 1 << 24:
+            raise DmaValueError("1 to 2**24 - 1", argument="index", value=index)
+        if not 0 < max_pages <= 512:
+            raise DmaValueError("1 to 512", argument="max_pages", value=max_pages)
+        if page_size % PAGE and PAGE % page_size:
+            raise DmaValueError("divides 4096 or is a multiple of it", argument="page_size", value=page_size)
+        self.index, self.pd, self.max_pages, self.page_size = index, pd, max_pages, page_size
+        self.state, self.key, self.access = "free", index << 8, 0
+        self.iova, self.length, self.pages = DmaAddr(0), 0, []
+
+    def map(self, segments, *, sg_offset=0):
+        """Take mapped segments (ib_map_mr_sg): the number of entries taken; fewer than given where a gap or the capacity
+        ends it."""
+        taken, self.iova, self.length, self.pages, _ = sg_to_pages(
+            segments, page_size=self.page_size, sg_offset=sg_offset, max_pages=self.max_pages)
+        return taken
+
+    def reg(self, key, pd, access):
+        """The work request: make it VALID under a key with access rights. EINVAL where it is not FREE, of another protection
+        domain, or where more than the low 8 bits of the key change."""
+        if self.state != "free":
+            raise DmaValueError("registered already: invalidate it first (rxe_reg_fast_mr)", argument="self",
+                                value=self.state)
+        if pd is not self.pd:
+            raise DmaValueError("the MR's own protection domain (rxe_reg_fast_mr)", argument="pd", value=pd)
+        if as_length(key, "key", least=0) >> 8 != self.index:
+            raise DmaValueError("only the low 8 bits of the key may change (rxe_reg_fast_mr)", argument="key", value=key)
+        self.access = check_access(access)
+        self.key, self.state = key, "valid"
+
+    def invalidate(self, key):
+        """LOCAL_INV or a remote SEND_WITH_INV: FREE again. EINVAL where the key is not its own."""
+        if self.state != "valid" or key != self.key:
+            raise DmaValueError("the key that it was registered under (rxe_invalidate_mr)", argument="key", value=key)
+        self.state, self.access = "free", 0
+
+    def check(self, iova, length, access=0):
+        """Whether a request for bytes may go ahead (rxe's mr_check_range and look-up): DmaValueError where not. A request of
+        length 0 is not looked at."""
+        if not length:
+            return
+        if self.state != "valid" or access & ~self.access:
+            raise PermissionDeniedError("valid, with every right that is asked for (rxe lookup_mr)", errno=13,
+                                        argument="access", value=access)
+        if iova < self.iova or length > self.length or iova - self.iova > self.length - length:
+            raise DmaValueError(f"within {self.length} bytes from {int(self.iova):#x} (mr_check_range)", argument="iova",
+                                value=int(iova))
+
+
 def _dma_runs(segments):
     runs = []
     for addr, length in [(s.addr, s.length) if hasattr(s, "addr") else s for s in segments]:

@@ -1,12 +1,13 @@
 """The behaviour of Linux 7.3, row by row: each test is named by its row of the kernel reference (section 15).
 
-Rows about swiotlb are in test_swiotlb.py; those about P2P, Xen, HMM and NVMe descriptors belong to parts that are not
-here yet.
+Rows about swiotlb are in test_swiotlb.py, about P2P, Xen and HMM in theirs, 78 in test_iova_properties.py and 80 in
+test_every_back_end.py; the last test here counts them.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,23 @@ from typing import Any
 import pytest
 from conftest import lazy, live, strict
 
-from dmapath import Bio, Device, DmaAddr, DmaEngine, Iommu, MemoryRegion, PhysMemory, Request, mr, replay, trace
+from dmapath import (
+    Bio,
+    Device,
+    DmaAddr,
+    DmaEngine,
+    DmaValueError,
+    Iommu,
+    MemoryRegion,
+    PhysMemory,
+    Request,
+    XenDomain,
+    mr,
+    replay,
+    trace,
+)
+from dmapath.mr import LOCAL_WRITE, REMOTE_READ, REMOTE_WRITE, FastMr
+from dmapath.prp import build_prp
 from dmapath.request import iterate
 
 ErrnoOf = Callable[..., int]
@@ -509,6 +526,47 @@ def test_section_10_3_page_offset_masks() -> None:
     assert mr.find_best_pgoff([(0x100000, 0x9000)], 0x40, 0x8000, ALL, 0xF80) == 0
 
 
+def test_row_61_prp_lists() -> None:
+    base = 0x100000
+
+    def lists(size: int, off: int = 0) -> tuple[list[int], str | None]:
+        prp = build_prp([(base + off, size)])
+        return [len(page) for page in prp.lists], prp.pool
+
+    assert lists(128 << 10) == ([31], "small")
+    assert lists(132 << 10) == ([32], "small")
+    assert lists(136 << 10) == ([33], "large")
+    assert lists((2 << 20) + 0x1000) == ([512], "large")
+    assert lists((2 << 20) + 0x2000) == ([511, 2], "large")
+    assert [len(page) for page in build_prp([(base + 0x200, 8 << 20)]).lists] == [511, 511, 511, 511, 4]
+    two = build_prp([(base + 0x200, 0x2000)])
+    assert (two.prp1, two.lists[0]) == (base + 0x200, [base + 0x1000, base + 0x2000])
+    assert build_prp([(base, 0x1000)]).prp2 is None
+    assert build_prp([(base + 0x200, 0x1000)]).prp2 == base + 0x1000
+    with pytest.raises(DmaValueError, match="8 MiB"):
+        build_prp([(base, 16 << 20)])
+
+
+def test_row_54_the_prp_list_of_a_coalesced_request() -> None:
+    dev = strict(min_align_mask=0xFFF)
+    with dev.map(Bio.from_phys([(0x100200, 0xE00), (0x205000, 0x1000), (0x30A000, 0x400)]), "linux") as m:
+        prp = build_prp(m.segments)
+        addr = m.segments[0].addr
+        assert (prp.prp1, prp.lists, prp.pool) == (addr, [[addr + 0xE00, addr + 0x1E00]], "small")
+
+
+def test_row_62_a_malformed_middle_is_ioerr_and_everything_is_unmapped(errno_of: ErrnoOf) -> None:
+    dev = strict()
+    before = live(dev)
+    with dev.map(Bio.from_phys([(0x100000, 0x1000), (0x205000, 0x800), (0x30A000, 0x1000)]), "linux") as m:
+        assert errno_of(build_prp, m.segments) == errno.EIO
+    assert live(dev) == before
+    # Linux does not compare the first piece with what its entry covers
+    wrong = [(0x100000, 0x800), (0x101000, 0x1000)]
+    assert errno_of(build_prp, wrong) == errno.EIO
+    assert build_prp(wrong, kernel_quirks=True).prp2 == 0x101000
+
+
 def test_row_66_remote_write_needs_local_write(errno_of: ErrnoOf) -> None:
     assert errno_of(mr.check_access, mr.REMOTE_WRITE) == errno.EINVAL
     assert mr.check_access(mr.REMOTE_WRITE | mr.LOCAL_WRITE) == 3
@@ -521,6 +579,30 @@ def test_row_67_rereg_of_a_read_only_region(memory: PhysMemory, errno_of: ErrnoO
     assert errno_of(region.rereg, mr.LOCAL_WRITE) == errno.EACCES
     region.rereg(0)
     assert region.access == 0
+
+
+def test_row_68_fast_registration_twice_or_under_a_wrong_key(errno_of: ErrnoOf) -> None:
+    pd = object()
+    mr = FastMr(0x1234, pd)
+    assert mr.map([(0x10200, 0xE00), (0x20000, 0x1000), (0x30000, 0x800)]) == 3
+    access = LOCAL_WRITE | REMOTE_READ
+    assert errno_of(mr.reg, 0x1235 << 8, pd, access) == errno.EINVAL
+    assert errno_of(mr.reg, 0x1234 << 8 | 7, object(), access) == errno.EINVAL
+    mr.reg(0x1234 << 8 | 7, pd, access)
+    assert errno_of(mr.reg, 0x1234 << 8 | 8, pd, access) == errno.EINVAL
+    assert errno_of(mr.invalidate, 0x1234 << 8 | 8) == errno.EINVAL
+    mr.check(0x10200, 0x2600, REMOTE_READ)
+    for bad in ((0x10200, 0x2601, 0), (0x101FF, 1, 0), (2**64 - 1, 2, 0)):
+        assert errno_of(mr.check, *bad) == errno.EINVAL
+    assert errno_of(mr.check, 0x10200, 1, REMOTE_WRITE) == errno.EACCES
+    mr.check(0, 0)  # a request of no bytes ignores key and address
+    mr.invalidate(0x1234 << 8 | 7)
+    assert errno_of(mr.check, 0x10200, 1) == errno.EACCES
+    mr.reg(0x1234 << 8 | 8, pd, access)
+    with pytest.raises(DmaValueError):
+        FastMr(1, pd, page_size=3000)
+    small = FastMr(1, pd, max_pages=2)
+    assert small.map([(0x10000, 0x1000), (0x30000, 0x2000)]) == 1
 
 
 def test_row_74_the_255th_free_fills_the_depot() -> None:
@@ -620,3 +702,13 @@ def test_row_84_direct_maps_without_unmaps_are_no_leak() -> None:
     c = dev.counters()
     assert (c["maps"], c["unmaps"]) == (3, 0)
     assert not any(live(dev).values())
+
+
+#: The rows that the kernel reference has.
+ROWS = {1, *range(3, 7), *range(8, 24), *range(25, 39), *range(40, 57), *range(58, 76), *range(78, 85)}
+
+
+def test_every_row_has_a_test_by_its_number() -> None:
+    files = [p for p in Path(__file__).parent.glob("test_*.py") if p.name != "test_debug.py"]  # whose rows are dma-debug's
+    named = {int(n) for p in files for n in re.findall(r"def test_row_(\d+)", p.read_text())}
+    assert named >= ROWS, sorted(ROWS - named)

@@ -341,6 +341,43 @@ def test_areas_and_bad_pools() -> None:
         dev.unmap_phys(a, 2048)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 4095), st.integers(1, 20000)), min_size=1, max_size=40),
+    granule=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_row_82_slots_used_are_the_sum_and_merge_back(sizes: Any, granule: bool, seed: int) -> None:
+    import random
+
+    pool = Swiotlb(slots=512, force=not granule)
+    options: dict[str, Any] = {"swiotlb": pool, "min_align_mask": 0xFFF}
+    dev = strict(untrusted=True, **options) if granule else Device(**options)
+    held, used = [], 0
+    for off, n in sizes:
+        keep = off & (0xFFF if granule else 0x7FF)
+        need = -(-(n + keep) // 4096) * 2 if granule else -(-(n + keep) // 2048)
+        if granule and not (off | n) & 0xFFF:
+            continue
+        try:
+            held.append((dev.map_phys(0x100000 + off, n), n))
+        except DmaError:
+            continue
+        used += need
+        assert pool.used == used
+    random.Random(seed).shuffle(held)
+    for addr, n in held:
+        dev.unmap_phys(addr, n)
+    assert pool.used == 0
+    # the free list is whole again: two mappings of the greatest size fit into each half
+    largest = pool.max_mapping_size(0xFFF)
+    full = Device(swiotlb=pool, min_align_mask=0xFFF, dma_mask=2**32 - 1)
+    addrs = [full.map_phys(1 << 33, largest) for _ in range(4)]
+    assert pool.used == 4 * largest // 2048
+    for addr in addrs:
+        full.unmap_phys(addr, largest)
+
+
 # ---- pools that grow, and pools of a device's own
 
 

@@ -25,7 +25,7 @@ LAYERS = [
     ["backends.direct", "backends.iommu", "backends.grant", "backends.python", "bio", "mr", "wrapper"],
     ["rules"],
     ["device"],
-    ["explain", "engine", "_bench", "hmm", "debug", "observe", "adversary", "tracer"],
+    ["explain", "engine", "_bench", "hmm", "debug", "observe", "adversary", "tracer", "prp"],
     ["trace"],
     ["compare", "replay", "plot"],
     ["cli"],

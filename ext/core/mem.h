@@ -14,6 +14,7 @@
 #include <string.h>
 
 #define MEM_PHYS_BITS 52
+#define MEM_LEAF_MASK ((4096ull << 10) - 1)
 #define CACHE_LINE 64u
 #define MEM_UNCACHED 1ull /* in a frame's place: the CPU reads and writes RAM itself (a BAR, coherent memory) */
 
@@ -37,14 +38,20 @@ int phys_mem_add(struct phys_mem *, uint64_t phys, void *host, bool uncached);
 void phys_mem_remove(struct phys_mem *, const uint64_t *phys, uint64_t n);
 void phys_mem_destroy(struct phys_mem *);
 
-static inline uintptr_t phys_mem_entry(const struct phys_mem *m, uint64_t phys)
+/* The table of the 4 MiB around an address, or NULL. */
+static inline void *const *phys_mem_leaf(const struct phys_mem *m, uint64_t phys)
 {
     if (phys >> MEM_PHYS_BITS)
-        return 0;
+        return NULL;
     void *const *t = m->root;
-    for (int shift = MEM_PHYS_BITS - 10; t && shift >= 12; shift -= 10)
+    for (int shift = MEM_PHYS_BITS - 10; t && shift > 12; shift -= 10)
         t = t[(phys >> shift) & 1023];
-    return (uintptr_t)t;
+    return t;
+}
+static inline uintptr_t phys_mem_entry(const struct phys_mem *m, uint64_t phys)
+{
+    void *const *leaf = phys_mem_leaf(m, phys);
+    return leaf ? (uintptr_t)leaf[(phys >> 12) & 1023] : 0;
 }
 /* Host address of a byte, or NULL where there is no memory; under the read lock. */
 static inline void *phys_mem_host(const struct phys_mem *m, uint64_t phys)
@@ -59,11 +66,15 @@ static inline uint64_t phys_mem_copy(const struct phys_mem *m, uint64_t phys, vo
 {
     uint64_t done = 0;
     while (done < len) {
-        uint64_t n = 4096 - ((phys + done) & 4095);
+        uint64_t n = 4096 - ((phys + done) & 4095), left = len - done;
         char *host = (char *)phys_mem_host(m, phys + done), *mine = (char *)buf + done;
         if (!host)
             break;
-        n = n < len - done ? n : len - done;
+        /* pages that follow each other here too are one copy */
+        for (void *const *leaf = phys_mem_leaf(m, phys + done); n < left && (phys + done + n) & MEM_LEAF_MASK; n += 4096)
+            if (((uintptr_t)leaf[((phys + done + n) >> 12) & 1023] & ~(uintptr_t)MEM_UNCACHED) != (uintptr_t)host + n)
+                break;
+        n = n < left ? n : left;
         if (to_mem)
             memcpy(host, mine, n);
         else
