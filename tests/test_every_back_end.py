@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import live
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -100,7 +100,7 @@ def _peers(name: str, acs: int | None, iommu: str | None, **kw: Any) -> Machine:
     bar = switch.port(acs=acs).function("gpu").bar(memory, 64 * PAGE)
     nic = switch.port().function("nic")
     dev = Device(memory=memory, pci=nic, iommu=None if iommu is None else Iommu(iommu), **kw)
-    m = Machine(name, memory, dev, mixes=False)
+    m = Machine(name, memory, dev, mixes=False, bounces=not kw.get("coherent", True))
     m.slots += [int(bar.phys(i * 8 * PAGE)) for i in range(6)]
     m.kinds += ["peer"] * 6
     m.keep.append(bar)
@@ -303,6 +303,7 @@ class Driver(RuleBasedStateMachine):
 TestDriver = Driver.TestCase
 TestDriver.settings = settings(
     max_examples=max(48, STEPS // RUN), stateful_step_count=RUN, deadline=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )  # fmt: skip
 
 
