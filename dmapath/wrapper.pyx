@@ -22,8 +22,11 @@ from dmapath.abi cimport (
 cdef extern from *:
     """
     #define likely(x) __builtin_expect(!!(x), 1)
+    /* in the length of an address that is kept: it was mapped as MMIO, and must be unmapped so */
+    #define SAVED_MMIO (1ull << 63)
     """
     bint likely(bint) noexcept nogil
+    uint64_t SAVED_MMIO
 
 # One bit for each rule that can decide; dmapath.rules has the words.
 cdef enum:
@@ -445,6 +448,8 @@ cdef int start_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_pol
         give_up(st, R_P2P_REFUSED)
         # Linux's block layer says INVAL where everybody else says EREMOTEIO
         return -EINVAL if policy == DMA_POLICY_LINUX and not it.rq.flags & DMA_RQ_SG else -EREMOTEIO
+    if it.p2p & 1 << DMA_P2P_THRU_HOST_BRIDGE and not it.p2p & 1 << DMA_P2P_NONE:
+        st.attrs |= DMA_ATTR_MMIO  # all that is linked is
     if policy != DMA_POLICY_LINUX:
         return start_unified_p2p(dev, st, it)
     return start_umem(dev, st, it) if it.rq.flags & DMA_RQ_SG else start_linux_p2p(dev, st, it)
@@ -598,6 +603,8 @@ cdef int map_one(dma_device *dev, dma_map_state *st, dma_map_iter *it, const phy
             return -ENOMEM
     if st.saved != NULL:
         st.saved[st.nr_saved] = seg[0]
+        if attrs & DMA_ATTR_MMIO:
+            st.saved[st.nr_saved].len |= SAVED_MMIO
         st.nr_saved += 1
     return 1
 
@@ -658,6 +665,7 @@ cdef int map_next(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg 
 
 cdef int unmap(dma_device *dev, dma_map_state *st) noexcept nogil:
     cdef dma_data_direction dir = <dma_data_direction>st.dir
+    cdef unsigned long attrs
     cdef int rc = 0, one
     cdef uint32_t i
     if st.iova.size:
@@ -666,7 +674,8 @@ cdef int unmap(dma_device *dev, dma_map_state *st) noexcept nogil:
         rc = dev.ops.unmap_sg(dev, st.saved, st.nr_saved, dir, st.attrs)
     else:
         for i in range(st.nr_saved):
-            one = dev.ops.unmap_phys(dev, st.saved[i].addr, st.saved[i].len, dir, st.attrs)
+            attrs = st.attrs | DMA_ATTR_MMIO if st.saved[i].len & SAVED_MMIO else st.attrs
+            one = dev.ops.unmap_phys(dev, st.saved[i].addr, st.saved[i].len & ~SAVED_MMIO, dir, attrs)
             rc = rc if rc else one
     free(st.saved)
     st.saved = NULL

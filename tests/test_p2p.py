@@ -14,6 +14,7 @@ from dmapath import (
     Bar,
     Bio,
     Device,
+    DmaDebug,
     DmaEngine,
     DmaError,
     DmaFault,
@@ -352,6 +353,17 @@ def test_a_non_coherent_device_maintains_the_hosts_pages_alone() -> None:
         assert DmaEngine(m.dev).read(mapping.segments) == m.read(bio.vecs)
     c = m.dev.counters()
     assert (c["cache_clean_bytes"], c["cache_inval_bytes"]) == (3 * PAGE, 3 * PAGE)
+
+
+@pytest.mark.parametrize("coherent", [True, False])
+@pytest.mark.parametrize("iommu", ["strict", None])
+def test_unmap_says_mmio_where_map_did(iommu: str | None, coherent: bool) -> None:
+    m = Machine("host", iommu=iommu, coherent=coherent)
+    p = m.memory.phys
+    for vecs in ([(p(0x200), 0x100), *m.bar.vecs(0x80, 0x100), (p(0x5100), 0x200)], m.bar.vecs(0, PAGE),
+                 [*m.bar.vecs(0x80, 0x100), *m.bar.vecs(0x4080, 0x100)]):  # fmt: skip
+        with DmaDebug(m.dev), m.dev.map(Bio(vecs, op="write")):
+            pass
 
 
 def test_failures_in_the_middle_leave_nothing() -> None:

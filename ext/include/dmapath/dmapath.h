@@ -159,6 +159,7 @@ struct dma_ops {
     int (*iova_link_gapped)(struct dma_device *, struct dma_iova_state *, const struct phys_vec *, uint32_t n,
                             uint64_t offset, enum dma_data_direction, unsigned long attrs);
     int (*iova_sync)(struct dma_device *, struct dma_iova_state *, uint64_t offset, uint64_t size);
+    /* attrs as at link; a range of links that differ in MMIO alone may be undone at once without it */
     int (*iova_unlink)(struct dma_device *, struct dma_iova_state *, uint64_t offset, uint64_t size,
                        enum dma_data_direction, unsigned long attrs);
     int (*iova_free)(struct dma_device *, struct dma_iova_state *);
