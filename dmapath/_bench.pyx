@@ -202,26 +202,26 @@ def dma_against_memcpy(Device dev not None, segments, pages, long rounds):
 
 
 def bounce_against_memcpy(Device dev not None, uint64_t offset, uint64_t size, long rounds):
-    """Mapping and unmapping ``size`` bytes of the device's arena through its pool, to the device (one copy), and memcpy of the
-    same bytes into memory as large as the pool, in turn: best (bounce_ns, memcpy_ns) of blocks of 16."""
+    """Mapping and unmapping ``size`` bytes of the device's arena through its pool, to the device (one copy), and memcpy of
+    the same bytes into memory as large as the pool, in turn: best (bounce_ns, memcpy_ns) of blocks of 16."""
     cdef PhysMemory mem = dev.memory
     cdef uint64_t ring = <uint64_t>dev.swiotlb.slots * 2048, at = 0, t0, t1, t2, best_map = 1 << 62, best_copy = 1 << 62
     cdef phys_addr_t phys = phys_addr(int(mem.phys(offset)))
     cdef char *copy = <char *>malloc(ring + size)
     cdef dma_addr_t addr
     cdef int rc = 0
-    cdef long _round, i
+    cdef long _round, _i
     if copy == NULL:
         raise MemoryError("no memory for the copies")
     memset(copy, 0, ring + size)
     with nogil:
         for _round in range(rounds):
             t0 = now_ns()
-            for i in range(16):
+            for _i in range(16):
                 rc |= dma_map_phys(&dev.c, phys, size, DMA_TO_DEVICE, 0, &addr)
                 rc |= dma_unmap_phys(&dev.c, addr, size, DMA_TO_DEVICE, 0)
             t1 = now_ns()
-            for i in range(16):
+            for _i in range(16):
                 memcpy(copy + at, mem.arena + offset, size)
                 at = at + size if at + size < ring else 0
             t2 = now_ns()

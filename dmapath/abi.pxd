@@ -13,7 +13,6 @@ cdef extern from "dmapath/dmapath.h" nogil:
         DMA_DEV_COHERENT
         DMA_DEV_UNTRUSTED
         DMA_DEV_QUIRKS
-        DMA_DEV_BOUNCED
         DMA_RQ_SG
         DMA_MAP_CHUNK
     uint64_t DMA_MAPPING_ERROR_V
@@ -112,6 +111,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         swiotlb *swiotlb
         const dma_p2p *p2p
         void *tap
+    bint dma_has_bounced(const dma_device *)
     const dma_p2p_range *dma_p2p_at(const dma_p2p *, phys_addr_t, int *)
     const dma_p2p_range *dma_p2p_find(const dma_device *, phys_addr_t)
     const dma_p2p_range *dma_p2p_peer(const dma_device *, dma_addr_t)

@@ -12,8 +12,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_BIDIRECTIONAL, DMA_DEV_BOUNCED, DMA_DEV_COHERENT, DMA_P2P_BUS_ADDR,
-    DMA_P2P_NOT_SUPPORTED, dma_addr, dma_addr_t, dma_device, dma_iova_free, dma_iova_link, dma_iova_state,
+    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_BIDIRECTIONAL, DMA_DEV_COHERENT, DMA_P2P_BUS_ADDR,
+    DMA_P2P_NOT_SUPPORTED, dma_addr, dma_addr_t, dma_device, dma_has_bounced, dma_iova_free, dma_iova_link, dma_iova_state,
     dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_map_phys, dma_p2p_find, dma_p2p_range, dma_unmap_phys,
     phys_addr, phys_addr_t,
 )
@@ -37,7 +37,7 @@ cdef uint64_t PFN_FRAME = (1ULL << 52) - 1
 # a coherent device that never bounced: nothing it maps ever needs a sync
 cdef int hmm_dma_map_alloc(dma_device *dev, hmm_dma_map *map, uint64_t nr, uint64_t entry_size) noexcept nogil:
     memset(map, 0, sizeof(hmm_dma_map))
-    if not dev.flags & DMA_DEV_COHERENT or dev.flags & DMA_DEV_BOUNCED:
+    if not dev.flags & DMA_DEV_COHERENT or dma_has_bounced(dev):
         return -EOPNOTSUPP
     if nr == 0 or entry_size == 0 or entry_size & (entry_size - 1) or nr >> 40 or entry_size >> 22:
         return -EINVAL

@@ -41,7 +41,8 @@ def build_prp(segments: Iterable[Any], *, kernel_quirks: bool = False) -> Prp:
     one: PRP has no way to say that, and BLK_STS_IOERR is what Linux makes of it. Linux does not look at the end of the first
     piece where two entries are all; ``kernel_quirks`` does not either.
     """
-    pieces = [(as_dma(a), as_length(n, "length")) for a, n in ((s.addr, s.length) if hasattr(s, "addr") else s for s in segments)]
+    pairs = [(s.addr, s.length) if hasattr(s, "addr") else s for s in segments]
+    pieces = [(as_dma(addr), as_length(n, "length")) for addr, n in pairs]
     if not pieces:
         raise DmaValueError("at least one segment", argument="segments", value=pieces)
     total = sum(n for _, n in pieces)
@@ -53,8 +54,9 @@ def build_prp(segments: Iterable[Any], *, kernel_quirks: bool = False) -> Prp:
     if not (kernel_quirks and len(pieces) == 2 and rest <= PAGE):
         for i, (addr, n) in enumerate(pieces):
             if (i and addr % PAGE) or (i + 1 < len(pieces) and (addr + n) % PAGE):
-                raise AlignmentError("a page inside the request begins or ends in the middle: no PRP entry can say that "
-                                     "(nvme_pci_setup_data_prp)", errno=5, argument=f"segments[{i}]", value=(hex(addr), n))  # fmt: skip
+                raise AlignmentError("it begins or ends inside a page in the middle of the request, which no PRP entry can "
+                                     "say (nvme_pci_setup_data_prp)", errno=5, argument=f"segments[{i}]",
+                                     value=(hex(addr), n))  # fmt: skip
     pages = [DmaAddr(at) for addr, n in pieces for at in range(addr - addr % PAGE, addr + n, PAGE)][1:]
     if rest <= PAGE:
         out.prp2 = pages[0]

@@ -313,7 +313,7 @@ TestDriver.settings = settings(
 @settings(max_examples=40, deadline=None)
 @given(parts=st.lists(st.tuples(offsets, sizes), min_size=1, max_size=8), policy=st.sampled_from(["linux", "unified"]),
        seed=st.integers(0, 255))  # fmt: skip
-def test_row_80_every_request_gives_the_same_bytes_at_every_device(parts: list[tuple[int, int]], policy: str, seed: int) -> None:
+def test_row_80_every_device_sees_the_same_bytes(parts: list[tuple[int, int]], policy: str, seed: int) -> None:
     """The differential run: one request, every back end, the bytes at the device and back."""
     content = bytes((i * 31 + seed) & 255 for i in range(SLOTS * 2 * PAGE))
     incoming = bytes((i * 7 + seed) & 255 for i in range(SLOTS * 2 * PAGE))

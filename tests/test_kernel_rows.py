@@ -72,7 +72,8 @@ def test_row_4_an_unaligned_start_takes_a_page_more_and_keeps_its_offset() -> No
 
 def test_row_5_refusals_leave_no_state() -> None:
     passthrough = Device(iommu=Iommu("passthrough"))
-    for dev, size in ((strict(), 0), (strict(), 2**63 | 0x1000), (Device(), 0x1000), (passthrough, 0x1000)):
+    xen = Device(memory=(memory := PhysMemory(4096)), xen=XenDomain(memory))
+    for dev, size in ((strict(), 0), (strict(), 2**63 | 0x1000), (Device(), 0x1000), (passthrough, 0x1000), (xen, 0x1000)):
         assert dev.iova_try_alloc(0, size) is None
         assert not any(live(dev).values())
 

@@ -14,9 +14,9 @@ from dmapath._core cimport (
     swiotlb_unmap, swiotlb_want, xen_domain, xen_local, xen_machine, xen_phys, xen_straddles,
 )
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_BOUNCED, DMA_DEV_COHERENT,
+    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT,
     DMA_FAULT_BUS, DMA_FROM_DEVICE, DMA_NONE, DMA_P2P_BUS_ADDR, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, DMAPATH_ABI,
-    dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_ops, dma_ops_init,
+    dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_has_bounced, dma_ops, dma_ops_init,
     dma_p2p_find, dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
@@ -262,7 +262,7 @@ cdef int direct_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size,
 
 # dma_need_unmap: a coherent direct device that never bounced may forget its addresses
 cdef int direct_need_unmap(dma_device *dev) noexcept nogil:
-    return 0 if dev.flags & DMA_DEV_COHERENT and not dev.flags & DMA_DEV_BOUNCED else 1
+    return 0 if dev.flags & DMA_DEV_COHERENT and not dma_has_bounced(dev) else 1
 
 
 cdef int direct_is_bounced(dma_device *dev, dma_addr_t addr) noexcept nogil:

@@ -79,7 +79,7 @@ uint64_t swiotlb_used(struct swiotlb *);
 uint64_t swiotlb_slots(struct swiotlb *);
 /* The first bounce ends a device's licence to forget its addresses, for good. */
 static inline void dma_mark_bounced(struct dma_device *dev)
-{ __atomic_fetch_or(&dev->flags, DMA_DEV_BOUNCED, __ATOMIC_RELAXED); }
+{ store_relaxed(&dev->bounced, 1); }
 /* swiotlb_max_mapping_size */
 static inline uint64_t swiotlb_max_size(uint64_t min_align_mask)
 { return TLB_MAX_MAPPING - ((min_align_mask + TLB_SIZE - 1) & ~(TLB_SIZE - 1)); }

@@ -73,7 +73,6 @@ enum {
     DMA_DEV_COHERENT = 1u << 0,
     DMA_DEV_UNTRUSTED = 1u << 1,
     DMA_DEV_QUIRKS = 1u << 2, /* also reproduce what looks like a defect in Linux (KERNEL marks) */
-    DMA_DEV_BOUNCED = 1u << 3, /* it has bounced once: its addresses must be kept and synced from now on */
 };
 
 /* How a device reaches a peer's memory (enum pci_p2pdma_map_type), worked out once for each of the machine's BARs. */
@@ -100,11 +99,13 @@ struct dma_device {
     uint64_t sg_max_segment_size;   /* dma_get_max_seg_size(): 64 KiB unless the driver says otherwise */
     const struct dma_range_map *ranges; /* bus offsets of the direct path, nr_ranges of them; none: identity */
     uint32_t nr_ranges;
-    uint32_t reserved;
+    uint32_t bounced;               /* atomic; 1: it has bounced once, so its addresses must be kept and synced from now on */
     struct swiotlb *swiotlb;        /* where it bounces; NULL: nowhere */
     const struct dma_p2p *p2p;      /* the machine's peer-to-peer memory as this device reaches it; NULL: there is none */
     void *tap;                      /* who watches the calls (dmapath.tap); NULL: nobody */
 };
+
+static inline bool dma_has_bounced(const struct dma_device *d) { return __atomic_load_n(&d->bounced, __ATOMIC_RELAXED) != 0; }
 
 /* The peer-to-peer range that holds an address, or the first behind it (*inside tells); NULL: none. */
 static inline const struct dma_p2p_range *dma_p2p_at(const struct dma_p2p *t, phys_addr_t p, int *inside)
