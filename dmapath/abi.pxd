@@ -147,6 +147,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint32_t write
     struct dma_bus_ops:
         int (*access)(dma_device *, dma_addr_t, uint64_t, void *, int, dma_fault *) noexcept nogil
+    int dma_fault_at(dma_fault *, uint64_t addr, uint64_t done, uint32_t reason, int write)
     int dma_ops_init(dma_ops *, const dma_ops *)
 
     int dma_map_phys(dma_device *, phys_addr_t, uint64_t, dma_data_direction, unsigned long, dma_addr_t *)

@@ -15,13 +15,12 @@ import os
 import sys
 from types import SimpleNamespace
 
-from libc.errno cimport EFAULT
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_FAULT_NOT_PRESENT, dma_addr_t, dma_data_direction, dma_device, dma_fault, dma_iova_size, dma_iova_state,
-    dma_seg, phys_addr_t, phys_vec,
+    DMA_FAULT_NOT_PRESENT, dma_addr_t, dma_data_direction, dma_device, dma_fault, dma_fault_at, dma_iova_size,
+    dma_iova_state, dma_seg, phys_addr_t, phys_vec,
 )
 
 from dmapath.request import DIRECTIONS
@@ -426,8 +425,7 @@ cdef int tap_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int
     call.write = write != 0
     rc = t.before(call)
     if rc:
-        fault.addr, fault.done, fault.reason, fault.write = addr, 0, DMA_FAULT_NOT_PRESENT, write
-        return -EFAULT
+        return dma_fault_at(fault, addr.v, 0, DMA_FAULT_NOT_PRESENT, write)
     dmapath_tap_depth += 1
     rc = t.inner_bus.access(dev, addr, n, buf, write, fault)
     dmapath_tap_depth -= 1

@@ -14,10 +14,10 @@ from dmapath._core cimport (
     swiotlb_unmap, swiotlb_want, xen_domain, xen_local, xen_machine, xen_phys, xen_straddles,
 )
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT,
-    DMA_FAULT_BUS, DMA_FROM_DEVICE, DMA_NONE, DMA_P2P_BUS_ADDR, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, DMAPATH_ABI,
-    dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_has_bounced, dma_ops, dma_ops_init,
-    dma_p2p_find, dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr, phys_addr_t, phys_vec,
+    DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT, DMA_FAULT_BUS,
+    DMA_FROM_DEVICE, DMA_NONE, DMA_P2P_BUS_ADDR, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, DMAPATH_ABI, dma_addr,
+    dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_fault_at, dma_has_bounced, dma_ops,
+    dma_ops_init, dma_p2p_find, dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 from dmapath.xen cimport XenDomain
@@ -304,12 +304,8 @@ cdef int direct_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, 
     phys_mem_read_unlock(dev.mem)
     if done == n:
         return 0
-    fault.addr = dma_addr(addr.v + done)
-    fault.done = done
-    fault.reason = DMA_FAULT_BUS
-    fault.write = write
     add(&counts_of(dev).faults, 1)
-    return -EFAULT
+    return dma_fault_at(fault, addr.v, done, DMA_FAULT_BUS, write)
 
 
 cdef dma_bus_ops direct_bus

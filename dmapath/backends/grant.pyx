@@ -2,7 +2,7 @@
 """Xen grant DMA: a device in another domain sees only pages that were granted to it; its addresses are grant references
 (drivers/xen/grant-dma-ops.c)."""
 cimport cython
-from libc.errno cimport EFAULT, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP
+from libc.errno cimport EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -10,9 +10,9 @@ from dmapath._core cimport (
     add_atomic, lock, lock_acquire, lock_release, phys_mem_copy, phys_mem_read_lock, phys_mem_read_unlock,
 )
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_FAULT_BUS, DMA_FAULT_NOT_PRESENT, DMA_FAULT_WRITE, DMA_NONE, DMA_TO_DEVICE, DMAPATH_ABI, dma_addr,
-    dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_ops, dma_ops_init, dma_seg, phys_addr_t,
-    phys_vec,
+    DMA_ATTR_MMIO, DMA_FAULT_BUS, DMA_FAULT_NOT_PRESENT, DMA_FAULT_WRITE, DMA_NONE, DMA_TO_DEVICE, DMAPATH_ABI,
+    dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_fault_at, dma_ops,
+    dma_ops_init, dma_seg, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 
@@ -162,12 +162,8 @@ cdef int grant_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, i
     phys_mem_read_unlock(dev.mem)
     if not reason:
         return 0
-    fault.addr = dma_addr(addr.v + done)
-    fault.done = done
-    fault.reason = reason
-    fault.write = write
     add_atomic(&t.faults, 1)
-    return -EFAULT
+    return dma_fault_at(fault, addr.v, done, reason, write)
 
 
 cdef dma_bus_ops grant_bus

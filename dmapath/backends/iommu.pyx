@@ -89,19 +89,22 @@ cdef void inval_for_cpu(dma_device *dev, uint64_t phys, uint64_t size) noexcept 
     phys_mem_inval(dev.mem, phys, size)
 
 
-# cache maintenance of [addr, addr + size) as it lies in memory, granule by granule; devices' registers have no cache
-cdef void maintain(dma_device *dev, uint64_t addr, uint64_t size, bint for_cpu) noexcept nogil:
+# hand [addr, addr + size) over as it lies in memory, granule by granule: what bounced is copied, what the caches hold is
+# maintained (devices' registers have no cache), in the order that keeps the newer bytes
+cdef void hand_over(dma_device *dev, uint64_t addr, uint64_t size, bint for_cpu, bint copy) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
     cdef uint64_t end = addr + size, phys, n
-    while addr < end:
+    cdef bint cached = not dev.flags & DMA_DEV_COHERENT
+    while (copy or cached) and addr < end:
         n = dom_granule(d) - dom_off(d, addr)
         n = n if n < end - addr else end - addr
         phys = dom_iova_to_phys(d, addr)
-        if phys and not mmio_at(d, addr):
-            if for_cpu:
-                inval_for_cpu(dev, phys, n)
-            else:
-                clean_for_device(dev, phys, n)
+        if phys and for_cpu and cached and not mmio_at(d, addr):
+            inval_for_cpu(dev, phys, n)
+        if copy and swiotlb_has(dev.swiotlb, phys):
+            swiotlb_sync(dev.swiotlb, phys, n, not for_cpu)
+        if phys and not for_cpu and cached and not mmio_at(d, addr):
+            clean_for_device(dev, phys, n)
         addr += n
 
 
@@ -618,7 +621,7 @@ cdef int iommu_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_
         any = True
         last = dom_up(d, s[i].addr.v + s[i].len)
         if cpu_sync(dev, attrs):
-            maintain(dev, s[i].addr.v, s[i].len, True)
+            hand_over(dev, s[i].addr.v, s[i].len, True, False)
     if cpu_sync(dev, attrs):
         barrier(d)
     count(d.counters, C_SG_UNMAPS, 1)
@@ -630,33 +633,16 @@ cdef int iommu_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_
 
 cdef int iommu_sync_for_cpu(dma_device *dev, dma_addr_t addr, uint64_t size,
                             dma_data_direction dir) noexcept nogil:
+    hand_over(dev, addr.v, size, True, dev.swiotlb != NULL and dir != DMA_TO_DEVICE)
     if not dev.flags & DMA_DEV_COHERENT:
-        maintain(dev, addr.v, size, True)
         barrier(domain_of(dev))
-    if dev.swiotlb != NULL and dir != DMA_TO_DEVICE:
-        sync_bounced(dev, addr.v, size, False)
     return 0
-
-
-# copy what bounced of [addr, addr + size), granule by granule: a two-step range bounces at its ends alone
-cdef void sync_bounced(dma_device *dev, uint64_t addr, uint64_t size, bint to_pool) noexcept nogil:
-    cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t end = addr + size, phys, n
-    while addr < end:
-        n = dom_granule(d) - dom_off(d, addr)
-        n = n if n < end - addr else end - addr
-        phys = dom_iova_to_phys(d, addr)
-        if swiotlb_has(dev.swiotlb, phys):
-            swiotlb_sync(dev.swiotlb, phys, n, to_pool)
-        addr += n
 
 
 cdef int iommu_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size,
                                dma_data_direction dir) noexcept nogil:
-    if dev.swiotlb != NULL and dir != DMA_FROM_DEVICE:
-        sync_bounced(dev, addr.v, size, True)
+    hand_over(dev, addr.v, size, False, dev.swiotlb != NULL and dir != DMA_FROM_DEVICE)
     if not dev.flags & DMA_DEV_COHERENT:
-        maintain(dev, addr.v, size, False)
         barrier(domain_of(dev))
     return 0
 

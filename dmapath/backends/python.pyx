@@ -24,13 +24,13 @@ a DmaError, whose errno the caller sees. Addresses and sizes are plain integers 
 import sys
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport EFAULT, EIO
+from libc.errno cimport EIO
 from libc.stdint cimport UINT64_MAX, uint64_t
 from libc.string cimport memcpy, memset
 
 from dmapath.abi cimport (
-    DMA_FAULT_NOT_PRESENT, DMAPATH_ABI, dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault,
-    dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, phys_addr_t,
+    DMA_FAULT_NOT_PRESENT, DMAPATH_ABI, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault,
+    dma_fault_at, dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, phys_addr_t,
 )
 from dmapath.backends.base cimport Backend
 
@@ -163,10 +163,7 @@ cdef int py_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int 
         return 0
     except Exception as e:
         failed(e)
-        done = getattr(e, "done", 0)
-        fault.addr, fault.done = dma_addr(addr.v + <uint64_t>done), done
-        fault.reason, fault.write = DMA_FAULT_NOT_PRESENT, write
-        return -EFAULT
+        return dma_fault_at(fault, addr.v, getattr(e, "done", 0), DMA_FAULT_NOT_PRESENT, write)
 
 
 cdef dma_bus_ops py_bus

@@ -512,8 +512,7 @@ static int translated_access(struct iommu_domain *d, struct dma_device *dev, uin
         return 0;
     count(d->counters, C_FAULTS, 1);
     note(d, EV_FAULT, iova + done, reason, (uint64_t)write);
-    *f = (struct dma_fault){ dma_addr(iova + done), done, reason, (uint32_t)write };
-    return -EFAULT;
+    return dma_fault_at(f, iova, done, reason, write);
 }
 
 int dom_bus_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova, uint64_t len, void *buf, int write,
@@ -535,9 +534,8 @@ int dom_bus_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova
         uint64_t moved = phys_mem_copy(dev->mem, phys, mine, n, write);
         phys_mem_read_unlock(dev->mem);
         if (moved < n) {
-            *f = (struct dma_fault){ dma_addr(iova + done + moved), done + moved, DMA_FAULT_BUS, (uint32_t)write };
             count(d->counters, C_FAULTS, 1);
-            return -EFAULT;
+            return dma_fault_at(f, iova, done + moved, DMA_FAULT_BUS, write);
         }
     }
     return 0;

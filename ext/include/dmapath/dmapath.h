@@ -187,6 +187,16 @@ struct dma_bus_ops {
     int (*access)(struct dma_device *, dma_addr_t, uint64_t len, void *buf, int write, struct dma_fault *fault);
 };
 
+/* Say where and why an access failed, `done` bytes into it; -EFAULT. */
+static inline int dma_fault_at(struct dma_fault *f, uint64_t addr, uint64_t done, uint32_t reason, int write)
+{
+    f->addr = dma_addr(addr + done);
+    f->done = done;
+    f->reason = reason;
+    f->write = (uint32_t)write;
+    return -EFAULT;
+}
+
 /* ---- the calls of a driver -------------------------------------------------------------------------------------- */
 
 static inline int dma_map_phys(struct dma_device *d, phys_addr_t p, uint64_t size, enum dma_data_direction dir,
