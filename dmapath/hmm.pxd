@@ -1,8 +1,8 @@
 # cython: language_level=3
+"""Pages by index, for C-level drivers; needs nothing but the public header."""
 from libc.stdint cimport uint64_t
 
 from dmapath.abi cimport dma_addr_t, dma_device, dma_iova_state, phys_addr_t
-from dmapath.device cimport Device
 
 
 cdef struct hmm_dma_map:
@@ -17,9 +17,3 @@ cdef int hmm_dma_map_pfn(dma_device *dev, hmm_dma_map *map, uint64_t i, phys_add
                          dma_addr_t *out) noexcept nogil
 cdef bint hmm_dma_unmap_pfn(dma_device *dev, hmm_dma_map *map, uint64_t i) noexcept nogil
 cdef void hmm_dma_map_free(dma_device *dev, hmm_dma_map *map) noexcept nogil
-
-
-cdef class HmmMap:
-    cdef hmm_dma_map map
-    cdef readonly Device device
-    cdef bint live

@@ -146,6 +146,10 @@ cdef class HmmMap:
         Bytes of a page: a power of two, 4096 by default.
     """
 
+    cdef hmm_dma_map map
+    cdef readonly Device device
+    cdef bint live
+
     def __cinit__(self, Device device not None, nr, *, entry_size=4096):
         cdef uint64_t n = as_length(nr, "nr"), size = as_length(entry_size, "entry_size")
         cdef int rc

@@ -171,7 +171,7 @@ cdef class PhysMemory:
         if limit >= 1 << 51:
             self.next_synthetic += size + PAGE
             return self.next_synthetic - size
-        at = (limit + 1 - size) // PAGE * PAGE
+        at = max(0, limit + 1 - size) // PAGE * PAGE
         while at >= 4096:
             free_ = True
             for page in range(at, at + <uint64_t>size, 4096):

@@ -153,8 +153,16 @@ def refusal(device: Device, request: Mappable, errno: int, bits: int) -> DmaErro
     return error_for(errno, map_refusal(device, errno, 0, 0, 0), "request", request)
 
 
+def _pool_rule(device: Device) -> Rule:
+    """Why nothing bounced: no pool, or a full one with its numbers."""
+    if device.swiotlb is None:
+        return RULES["no-pool"]
+    full, c = RULES["pool-full"], device.swiotlb.counters()
+    return full._replace(text=f"{full.text} ({c['slots_used']} of {c['slots']} slots of 2048 bytes are used)")
+
+
 def _bounce_text(device: Device, errno: int) -> str:
-    need, pool = RULES["bounce-needed"], RULES["no-pool" if device.swiotlb is None else "pool-full"]
+    need, pool = RULES["bounce-needed"], _pool_rule(device)
     if errno == _errno.EPERM:
         return f"{need.text}, and memory with these attributes must not bounce [{need.source}]"
     return f"{need.text}, and {pool.text} [{need.source}; {pool.source}]"
@@ -176,7 +184,7 @@ def map_refusal(device: Device, errno: int, phys: int, size: int, attrs: int) ->
         return f"{_GRANTS.get(errno, 'no run of free grant references is long enough')} [xen_grant_dma_map_page]"
     granule = device.merge_boundary + 1
     if granule == 1:
-        pool = RULES["no-pool" if device.swiotlb is None else "pool-full"]
+        pool = _pool_rule(device)
         return (f"{RULES['not-capable'].text} (mask {device.dma_mask:#x}, bus limit {device.bus_dma_limit:#x}), and "
                 f"{pool.text} [{RULES['not-capable'].source}; {pool.source}]")
     if device.untrusted and (phys | size) % granule:

@@ -48,6 +48,14 @@ def outsider(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return build(tmp_path_factory.mktemp("outsider"), "driver", "backend")
 
 
+def test_a_cython_driver_links_pages_by_index(outsider: Any) -> None:
+    dev = strict()
+    got, undone = outsider["driver"].pages_by_index(dev.capsule, [0x100000, 0x555000, 0x123, 0x101000])
+    assert (undone, got[2]) == (3, -22)  # 0x123 is no page
+    assert [a - got[0] for a in (got[1], got[3])] == [0x1000, 0x3000]
+    assert not any(live(dev).values())
+
+
 def test_a_cython_driver_maps_through_the_wrapper(outsider: Any) -> None:
     dev = strict()
     for n, length, offset, layout, segments in ((1, 4096, 0, 2, 1), (200, 4096, 0, 2, 1), (200, 512, 64, 3, 200)):
@@ -157,3 +165,14 @@ def test_cython_refuses_to_mix_addresses(name: str, tmp_path: Path) -> None:
 def test_the_backend_capsule_must_be_one() -> None:
     with pytest.raises(dmapath.AddressTypeError, match="capsule"):
         Device(backend=Iommu())
+
+
+def test_simulated_devices_reach_an_outsiders_back_end_through_its_bus(outsider: Any) -> None:
+    dev = Device(backend=outsider["backend"].Backend("two-step"), memory=dmapath.PhysMemory(4096))
+    with dev.map(Bio([(0x100000, 0x1000)], op="write")) as m:
+        read = dmapath.DmaEngine(dev).read([(int(m.segments[0].addr), 4)])
+        assert read == bytes((int(m.segments[0].addr) + i) & 255 for i in range(4))
+    with pytest.raises(dmapath.DmaFault, match="not present"):
+        dmapath.DmaEngine(dev).read([(0, 4)])
+    with pytest.raises(dmapath.NotSupportedError):
+        dmapath.DmaEngine(Device(backend=outsider["backend"].Backend("one-shot"), memory=dmapath.PhysMemory(4096)))

@@ -42,6 +42,10 @@ def test_compare_answers_in_json_and_pictures(tmp_path: Path) -> None:
         assert (linux[key], unified[key]) == (a, b)
     assert "32 IOVA allocations, 32 IOTLB invalidations and 512 bytes" in " ".join(text.split())
     assert "Every byte arrived" in text
+    assert [r["case"] for r in data["cases"] if r["policy"] == "unified"] == [
+        "direct", "iommu-aligned", "iommu-aligned-p2p", "swiotlb-single", "swiotlb-multi", "iommu-unaligned"]
+    assert "the six cases, one driver" in text
+    assert "case 3, policy linux: EINVAL: Linux's bios hold memory of one kind" in text
 
 
 def test_compare_to_standard_output_is_json_alone() -> None:
@@ -182,3 +186,35 @@ def test_replay_of_binary(tmp_path: Path) -> None:
     path = tmp_path / "trace.dat"
     path.write_bytes(b"\xff\xfe\x00trace")
     assert "not text" in run("replay", str(path), code=2).stderr
+
+
+def test_explain_knows_peers() -> None:
+    peer = ("--p2p", "0x9000000000+0x10000")
+    mixed = ("0x100000+0x1000", "0x9000001000+0x1000", "0x200000+0x1000")
+    text = run("explain", *peer, *mixed).stdout
+    assert text.startswith("One IOVA range that reads as 3 segments. Case 3: IOMMU, aligned, some P2P.")
+    told = json.loads(run("explain", *peer, "--p2p-bus-offset", "0x1000", *mixed, "--json").stdout)
+    assert told["segments"][1]["addr"] == "0x9000002000"
+    assert "p2p-bus" in [r["rule"] for r in told["rules"]]
+    assert "reads as 1 segment" in run("explain", *peer, "--p2p-type", "host-bridge", *mixed).stdout
+    refused = run("explain", *peer, "--p2p-type", "none", *mixed).stdout
+    assert refused.startswith("An error: EREMOTEIO: the device cannot reach that peer's memory")
+    assert "first segment decides" in run("explain", *peer, "--policy", "linux", *mixed).stdout
+    assert "share a switch" in run("explain", *peer, "--p2p", "0xa000000000+0x1000", *mixed, code=2).stderr
+
+
+def test_explain_knows_xen() -> None:
+    assert "Bounce buffers: 1 segment" in run("explain", "--backend", "xen", "0x100000+0x2000").stdout
+    order = run("explain", "--backend", "xen", "--xen-frames", "contiguous", "0x100000+0x2000").stdout
+    assert order.startswith("Machine addresses as they are, in 1 segment")
+    text = run("explain", "--backend", "grant", "0x100200+0x1000").stdout
+    assert text.startswith("Grant references, bit 63 set, in 1 segment")
+    assert "0x8000000000001200 + 0x1000" in text
+    assert "exposed beyond the request: 4096 bytes" in text
+
+
+def test_replay_writes_a_trace_that_it_reads_back(tmp_path: Path) -> None:
+    ours = tmp_path / "ours.txt"
+    run("replay", str(TRACES / "untrusted.ftrace.txt"), "--trace-out", str(ours))
+    assert "9 of 9 covered I/Os (100 %)" in run("replay", str(ours)).stdout
+    assert "one trace at a time" in run("replay", str(ours), str(ours), "--trace-out", "x", code=2).stderr

@@ -5,8 +5,8 @@ from libc.errno cimport EINVAL
 from libc.stdint cimport uint64_t
 
 from dmapath.abi cimport (
-    DMAPATH_ABI, DMAPATH_OPS_CAPSULE, dma_addr, dma_addr_t, dma_data_direction, dma_device, dma_iova_state, dma_ops,
-    phys_addr_t,
+    DMAPATH_ABI, DMAPATH_BUS_CAPSULE, DMAPATH_OPS_CAPSULE, DMA_FAULT_NOT_PRESENT, dma_addr, dma_addr_t, dma_bus_ops,
+    dma_data_direction, dma_device, dma_fault, dma_fault_at, dma_iova_state, dma_ops, phys_addr_t,
 )
 
 cdef struct state:
@@ -66,17 +66,32 @@ too_new = one_shot
 too_new.abi = DMAPATH_ABI + 1
 
 
+# simulated devices see a memory that holds its own addresses
+cdef int my_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int write, dma_fault *fault) noexcept nogil:
+    cdef uint64_t i
+    if addr.v < 1ULL << 40:
+        return dma_fault_at(fault, addr.v, 0, DMA_FAULT_NOT_PRESENT, write)
+    for i in range(0 if write else n):
+        (<unsigned char *>buf)[i] = <unsigned char>(addr.v + i)
+    return 0
+
+
+cdef dma_bus_ops bus
+bus.access = my_access
+
+
 cdef class Backend:
     """kind: "one-shot", "two-step" or "too-new"."""
 
     cdef state st
-    cdef readonly object dma_ops
+    cdef readonly object dma_ops, dma_bus
 
     def __init__(self, kind):
         self.st.next = 1ULL << 40
         cdef dma_ops *ops = &two_step if kind == "two-step" else &too_new if kind == "too-new" else &one_shot
         self.dma_ops = PyCapsule_New(ops, DMAPATH_OPS_CAPSULE, NULL)
         PyCapsule_SetContext(self.dma_ops, &self.st)
+        self.dma_bus = PyCapsule_New(&bus, DMAPATH_BUS_CAPSULE, NULL) if kind == "two-step" else None
 
     def counters(self):
         return dict(maps=self.st.maps, unmaps=self.st.unmaps, links=self.st.links, unlinks=self.st.unlinks)

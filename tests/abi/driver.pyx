@@ -4,10 +4,11 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport uint64_t
 
 from dmapath.abi cimport (
-    DMA_POLICY_UNIFIED, DMA_TO_DEVICE, DMAPATH_ABI, DMAPATH_API_CAPSULE, DMAPATH_DEVICE_CAPSULE, dma_cursor, dma_device,
-    dma_iova_destroy, dma_iova_link, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_limits, dma_map_iter,
-    dma_map_state, dma_request, dma_seg, dmapath_api, phys_addr, phys_vec,
+    DMA_POLICY_UNIFIED, DMA_TO_DEVICE, DMAPATH_ABI, DMAPATH_API_CAPSULE, DMAPATH_DEVICE_CAPSULE, dma_addr_t,
+    dma_cursor, dma_device, dma_iova_destroy, dma_iova_link, dma_iova_state, dma_iova_sync, dma_iova_try_alloc,
+    dma_limits, dma_map_iter, dma_map_state, dma_request, dma_seg, dmapath_api, phys_addr, phys_vec,
 )
+from dmapath.hmm cimport hmm_dma_map, hmm_dma_map_alloc, hmm_dma_map_free, hmm_dma_map_pfn, hmm_dma_unmap_pfn
 
 from dmapath import wrapper
 
@@ -30,6 +31,27 @@ cdef unsigned fill(const dma_request *rq, dma_cursor *c, const dma_limits *lim, 
         c.item += 1
         got += 1
     return got
+
+
+def pages_by_index(device, list pages):
+    """An RDMA-style driver: one range for the region, pages linked as the device asks for them. Their addresses, and how
+    many could be unmapped."""
+    cdef dma_device *dev = <dma_device *>PyCapsule_GetPointer(device, DMAPATH_DEVICE_CAPSULE)
+    cdef hmm_dma_map region
+    cdef dma_addr_t addr
+    cdef uint64_t i, n = len(pages), undone = 0
+    cdef int rc
+    if hmm_dma_map_alloc(dev, &region, n, 4096):
+        raise OSError("no region")
+    out = []
+    for i in range(n):
+        rc = hmm_dma_map_pfn(dev, &region, i, phys_addr(pages[i]), True, &addr)
+        out.append(rc if rc else addr.v)
+    with nogil:
+        for i in range(n):
+            undone += hmm_dma_unmap_pfn(dev, &region, i)
+        hmm_dma_map_free(dev, &region)
+    return out, undone
 
 
 def map_stripes(capsule, n, length, offset):
