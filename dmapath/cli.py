@@ -131,17 +131,17 @@ def _compare_table(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def _six_table(console: Console, six: list[dict[str, Any]]) -> None:
     table = Table(title="the six cases, one driver", title_justify="left", title_style="bold", box=SIMPLE_HEAD,
-                  pad_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
-    for name in ("#", "set-up", "policy", "layout", "segs", "kept\nbytes", "bounced\nbytes", "IOTLB\ninval", "exposed",
-                 "data"):  # fmt: skip
-        left = name in ("set-up", "policy", "layout")
+                  pad_edge=False, padding=(0, 1, 0, 0) if console.width >= 90 else 0)  # fmt: skip
+    for name in ("case", "policy", "layout", "segs", "kept\nbytes", "copied\nbytes", "IOTLB\ninval", "exposed", "data"):
+        left = name in ("case", "policy", "layout")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    names = {number: name for name, (number, _) in CASES.items()}
     for r in sorted(six, key=lambda r: (r["number"], r["policy"])):
         refused = r["error"] is not None
         what = ("refused", "-", "-", "-", "-", "-", "-") if refused else (
             r["layout"], r["segments"], r["unmap_state_bytes"], r["bounced_bytes"], r["invalidations"],
             "all" if r["exposed_bytes"] is None else r["exposed_bytes"], "ok" if r["verified"] else "WRONG")  # fmt: skip
-        table.add_row(*(str(cell) for cell in (r["number"], r["setup"], r["policy"], *what)))
+        table.add_row(*(str(cell) for cell in (f"{r['number']} {names[r['number']]}", r["policy"], *what)))
     console.print(table)
     for r in six:
         if r["error"] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from dmapath import (
     DmaError,
     DmaFault,
     Fabric,
+    HostBuffer,
     Iommu,
     MemoryRegion,
     PhysMemory,
@@ -206,6 +208,15 @@ def test_a_peer_in_the_middle_breaks_one_range_in_three_segments() -> None:
         assert m.dev.counters()["iova_allocs"] == 1
 
 
+def test_an_unaligned_peer_between_aligned_pages_leaves_them_one_range() -> None:
+    m = Machine()
+    fill(m)
+    bio = Bio([*m.memory.vecs(0, PAGE), *m.bar.vecs(0x80, 0x100), *m.memory.vecs(0x5000, PAGE)], op="write")
+    with m.dev.map(bio) as mapping:
+        assert (mapping.layout, len(mapping)) == ("linear", 3)
+        assert DmaEngine(m.dev).read(mapping.segments) == m.read(bio.vecs)
+
+
 def test_through_the_host_bridge_it_is_one_range() -> None:
     m = Machine("host")
     with m.dev.map(m.mixed()) as mapping:
@@ -242,6 +253,20 @@ def test_a_vector_across_the_end_of_a_bar_is_cut() -> None:
     assert int(second.phys()) == start + PAGE  # two BARs side by side, one of them another's
     with m.dev.map(Bio([(start, 2 * PAGE)], op="write")) as mapping:
         assert [s.length for s in mapping] == [PAGE, PAGE]
+
+
+def test_a_vector_from_memory_into_a_bar_is_cut_there() -> None:
+    memory = PhysMemory(1 << 20)
+    switch = Fabric().root_complex(window=(0x8000001000, 1 << 20)).port().switch()
+    bar = switch.port().function().bar(memory, PAGE)
+    below = mmap.mmap(-1, PAGE)
+    with HostBuffer(below, memory, layout="contiguous", phys=int(bar.phys()) - PAGE):
+        below[:], bar.bytes[:] = os.urandom(PAGE), os.urandom(PAGE)
+        dev = Device(iommu=Iommu(), memory=memory, pci=switch.port().function())
+        with dev.map(Bio([(int(bar.phys()) - PAGE, 2 * PAGE)], op="write")) as mapping:
+            assert [s.length for s in mapping] == [PAGE, PAGE]
+            assert mapping.segments[1].addr == bar.bus(0)
+            assert DmaEngine(dev).read(mapping.segments) == below[:] + bar.bytes[:]
 
 
 def test_policy_linux_refuses_a_mixed_bio_and_takes_a_pure_one(errno_of: ErrnoOf) -> None:
