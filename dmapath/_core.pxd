@@ -161,7 +161,6 @@ cdef extern from "xen.h" nogil:
         bint arm
     uint64_t xen_machine(const xen_domain *, uint64_t phys)
     uint64_t xen_phys(const xen_domain *, uint64_t machine)
-    bint xen_local(const xen_domain *, uint64_t machine)
     bint xen_straddles(const xen_domain *, uint64_t phys, uint64_t size, bint noncoherent)
     int xen_mergeable(const void *, phys_addr_t, phys_addr_t) noexcept nogil
     int xen_init(xen_domain *, bint arm)

@@ -448,6 +448,27 @@ def test_growing_that_fails_refuses_and_leaves_nothing() -> None:
     pytest.fail("never ran out of allocations")
 
 
+def test_a_pool_made_for_one_mapping_takes_no_other() -> None:
+    memory = PhysMemory(1 << 20, base=BASE)
+    pool = Swiotlb(memory, slots=128, force=True, dynamic=True)
+    dev = Device(memory=memory, swiotlb=pool, min_align_mask=0xFFF)
+    engine = DmaEngine(dev)
+    full = dev.map_phys(BASE, 0x3F000)
+    rest = dev.map_phys(BASE, 0x1000)
+    assert pool.used == 128
+    alone = dev.map_phys(BASE, 0x1000)  # gets a pool of its own, with slots to spare for its alignment
+    assert pool.counters()["transients"] == 1
+    more = [dev.map_phys(BASE, 0x3F000), dev.map_phys(BASE, 0x1000)]  # fill the pool that the worker has added
+    memory.write(BASE + 0x800, b"mine" * 0x100)
+    small = dev.map_phys(BASE + 0x800, 0x400)
+    assert pool.counters()["transients"] == 2
+    dev.unmap_phys(alone, 0x1000)
+    assert engine.read([(int(small), 0x400)]) == b"mine" * 0x100
+    for addr, n in ((full, 0x3F000), (rest, 0x1000), (more[0], 0x3F000), (more[1], 0x1000), (small, 0x400)):
+        dev.unmap_phys(addr, n)
+    assert pool.used == 0
+
+
 def test_other_memory_above_a_dynamic_pool_is_left_alone() -> None:
     memory = PhysMemory(1 << 20, base=BASE)
     pool = Swiotlb(memory, slots=128, force=True, dynamic=True)

@@ -11,7 +11,7 @@ from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from dmapath._core cimport (
     add_atomic, dma_mark_bounced, p2p_dropped, p2p_route, phys_mem_clean, phys_mem_copy, phys_mem_dma,
     phys_mem_inval, phys_mem_read_lock, phys_mem_read_unlock, swiotlb_has, swiotlb_map, swiotlb_pool, swiotlb_sync,
-    swiotlb_unmap, swiotlb_want, xen_domain, xen_local, xen_machine, xen_phys, xen_straddles,
+    swiotlb_unmap, swiotlb_want, xen_domain, xen_machine, xen_phys, xen_straddles,
 )
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT, DMA_FAULT_BUS,
@@ -104,9 +104,10 @@ cdef int bounce(dma_device *dev, uint64_t phys, uint64_t size, dma_addr_t *out) 
     return 0
 
 
-# where the pool holds what a DMA address names; a foreign frame may have the number of one of the pool's and is none
+# where the pool holds what a DMA address names. Under Xen another guest's frame is looked up where it is mapped here, so it
+# cannot be taken for one of the pool's (which Linux has to rule out, bfn_to_local_pfn)
 cdef inline bint pooled(dma_device *dev, uint64_t addr, uint64_t *phys) noexcept nogil:
-    if dev.swiotlb == NULL or (xen_of(dev) != NULL and not xen_local(xen_of(dev), addr)):
+    if dev.swiotlb == NULL:
         return False
     phys[0] = dma_to_phys(dev, addr)
     return swiotlb_has(dev.swiotlb, phys[0])

@@ -22,11 +22,6 @@ static inline uint64_t xen_machine(const struct xen_domain *x, uint64_t phys)
 /* And back; all ones: the frame is none of this guest's. */
 static inline uint64_t xen_phys(const struct xen_domain *x, uint64_t machine)
 { return xen_leaf(phys_mem_entry(&x->m2p, machine), machine); }
-static inline bool xen_local(const struct xen_domain *x, uint64_t machine)
-{
-    uintptr_t leaf = phys_mem_entry(&x->m2p, machine);
-    return leaf && !(leaf & XEN_FOREIGN);
-}
 
 /* Does the range need a bounce buffer for what lies behind it: machine frames that do not follow each other
  * (range_straddles_page_boundary), or the architecture (xen_arch_need_swiotlb)? */
