@@ -1,3 +1,5 @@
 from dmapath.backends.base import Backend
+from dmapath.xen import XenDomain
 
-class DirectBackend(Backend): ...
+class DirectBackend(Backend):
+    def __init__(self, xen: XenDomain | None = None) -> None: ...
