@@ -16,6 +16,9 @@ from dmapath.wrapper cimport map_next, map_start, unmap
 
 from dmapath.errors import DmaError, DmaValueError
 
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t, size_t)
+
 cdef extern from "<time.h>" nogil:
     struct timespec:
         long tv_sec
@@ -207,7 +210,7 @@ def bounce_against_memcpy(Device dev not None, uint64_t offset, uint64_t size, l
     cdef PhysMemory mem = dev.memory
     cdef uint64_t ring = <uint64_t>dev.swiotlb.slots * 2048, at = 0, t0, t1, t2, best_map = 1 << 62, best_copy = 1 << 62
     cdef phys_addr_t phys = phys_addr(int(mem.phys(offset)))
-    cdef char *copy = <char *>malloc(ring + size)
+    cdef char *copy = <char *>aligned_alloc(4096, (ring + size + 4095) & ~<uint64_t>4095)  # as the pool is
     cdef dma_addr_t addr
     cdef int rc = 0
     cdef long _round, _i
