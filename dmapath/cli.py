@@ -24,7 +24,7 @@ from dmapath.errors import DmaError
 from dmapath.explain import Explanation
 from dmapath.memory import PhysMemory
 from dmapath.mr import MemoryRegion
-from dmapath.pci import ACS_RR, BUS_ADDR, NOT_SUPPORTED, THRU_HOST_BRIDGE, Fabric, Function
+from dmapath.pci import ACS_RR, Fabric, Function
 from dmapath.replay import Report
 from dmapath.replay import replay as replay_trace
 from dmapath.request import Mappable
@@ -35,7 +35,7 @@ from dmapath.xen import XenDomain
 __all__ = ["main"]
 
 _OPS = {"to": "write", "from": "read"}
-_PEERS = {"bus": BUS_ADDR, "host-bridge": THRU_HOST_BRIDGE, "none": NOT_SUPPORTED}
+_PEERS = ("bus", "host-bridge", "none")
 
 
 class Number(click.ParamType[int]):
@@ -215,7 +215,7 @@ def _plot(rows: list[dict[str, Any]], path: str) -> None:
 @click.option("--swiotlb", type=click.Choice(["none", "pool", "force"]), default="pool", show_default=True,
               help="Is there a bounce pool; force: everything without an IOMMU goes through it.")  # fmt: skip
 @click.option("--p2p", type=Range(), multiple=True, metavar="PHYS+LEN", help="A peer's BAR; give it once for each.")
-@click.option("--p2p-type", type=click.Choice(list(_PEERS)), default="bus", show_default=True,
+@click.option("--p2p-type", type=click.Choice(_PEERS), default="bus", show_default=True,
               help="How peers are reached: by bus address (one switch, no ACS), by the host bridge, not.")  # fmt: skip
 @click.option("--p2p-bus-offset", type=Number(), default=0, help="Bus address minus physical address.")
 @click.option("--xen-frames", type=click.Choice(["scattered", "contiguous"]), default="scattered", show_default=True,

@@ -95,7 +95,6 @@ class Exposure:
     def __init__(self) -> None:
         self.mappings: list[Exposed] = []
         self.stale_uses: list[StaleUse] = []
-        self._pending: list[tuple[int, int, int]] = []
         self._live: dict[int, Exposed] = {}
         self._stale: dict[int, Exposed] = {}
 

@@ -16,8 +16,7 @@ __all__ = ["ACS_CR", "ACS_EC", "ACS_RR", "Bar", "Bridge", "Fabric", "Function", 
 #: ACS control bits that send a peer's request up to the host: P2P request redirect, completion redirect, egress control.
 ACS_RR, ACS_CR, ACS_EC = 0x4, 0x8, 0x20
 #: How a client reaches a provider (enum pci_p2pdma_map_type).
-NONE, NOT_SUPPORTED, BUS_ADDR, THRU_HOST_BRIDGE = 1, 2, 3, 4
-TYPES = {NOT_SUPPORTED: "not-supported", BUS_ADDR: "bus-addr", THRU_HOST_BRIDGE: "thru-host-bridge"}
+NOT_SUPPORTED, BUS_ADDR, THRU_HOST_BRIDGE = 2, 3, 4
 
 _INTEL, _GOOGLE, _NVIDIA = 0x8086, 0x1AE0, 0x10DE
 #: Host bridges that forward between their own ports only (KERNEL section 8: "require the same bridge").

@@ -76,10 +76,6 @@ class Report:
         }  # fmt: skip
 
 
-def _order(pages_first: int, pages_last: int) -> int:
-    return (pages_first ^ pages_last).bit_length()
-
-
 def kernel_flow(cmd: Command, *, shows_flushes: bool, caching: bool) -> Flow:
     """What the trace says that the kernel did."""
     maps, phys, pooled = cmd.of("map"), cmd.of("dma_map_phys"), _pooled(cmd)
