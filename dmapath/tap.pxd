@@ -15,7 +15,7 @@ cdef class Tap:
     cdef const dma_bus_ops *inner_bus
     cdef list observers
     cdef readonly bint need_unmap
-    cdef int before(self, Call call)
-    cdef void after(self, Call call, long rc)
+    cdef int begin(self, Call call)
+    cdef int finish(self, Call call, int rc)
     cdef void put(self, dma_device *dev)
     cdef void take(self, dma_device *dev)

@@ -147,10 +147,12 @@ cdef class Tap:
         cdef Call call = new_call(op)
         for name, value in what.items():
             setattr(call, name, value)
-        self.before(call)
-        self.after(call, 0)
+        if self.begin(call) == 0:
+            self.finish(call, 0)
 
-    cdef int before(self, Call call):
+    cdef int begin(self, Call call):
+        # 0: go on, inside the call from now; else the refusal, which everybody has been told of
+        global dmapath_tap_depth
         for observer in self.observers:
             try:
                 refuse = observer.before(call) if hasattr(observer, "before") else None
@@ -158,12 +160,21 @@ cdef class Tap:
                 complain(observer, e)
                 continue
             if refuse:
-                call.rc = -abs(refuse)
+                call.rc = 0 if call.op == "iova_try_alloc" else -abs(refuse)  # that one says no by 0
                 for told in self.observers:
                     if told is not observer:
                         self.tell(told, call)
-                return call.rc
+                return -abs(refuse)
+        dmapath_tap_depth += 1
         return 0
+
+    cdef int finish(self, Call call, int rc):
+        global dmapath_tap_depth
+        dmapath_tap_depth -= 1
+        call.rc = rc
+        for observer in self.observers:
+            self.tell(observer, call)
+        return rc
 
     def tell(self, observer, call):
         try:
@@ -172,200 +183,151 @@ cdef class Tap:
         except Exception as e:
             complain(observer, e)
 
-    cdef void after(self, Call call, long rc):
-        call.rc = rc
-        for observer in self.observers:
-            self.tell(observer, call)
-
 
 cdef int tap_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_direction dir, unsigned long attrs,
                       dma_addr_t *out) noexcept with gil:
-    global dmapath_tap_depth
     cdef Tap t = tap_of(dev)
     cdef Call call
     cdef int rc
     if dmapath_tap_depth:
         return t.inner.map_phys(dev, phys, size, dir, attrs, out)
-    call = new_call("map_phys", None, size, dir, attrs)
-    call.phys = phys.v
     out.v = UINT64_MAX
-    rc = t.before(call)
+    call = new_call("map_phys", out.v, size, dir, attrs)
+    call.phys = phys.v
+    rc = t.begin(call)
     if rc:
         return rc
-    dmapath_tap_depth += 1
     rc = t.inner.map_phys(dev, phys, size, dir, attrs, out)
-    dmapath_tap_depth -= 1
     call.addr = out.v
-    t.after(call, rc)
-    return rc
+    return t.finish(call, rc)
 
 
 cdef int tap_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir,
                         unsigned long attrs) noexcept with gil:
-    global dmapath_tap_depth
     cdef Tap t = tap_of(dev)
     cdef Call call
     cdef int rc
     if dmapath_tap_depth:
         return t.inner.unmap_phys(dev, addr, size, dir, attrs)
     call = new_call("unmap_phys", addr.v, size, dir, attrs)
-    rc = t.before(call)
-    if rc:
-        return rc
-    dmapath_tap_depth += 1
-    rc = t.inner.unmap_phys(dev, addr, size, dir, attrs)
-    dmapath_tap_depth -= 1
-    t.after(call, rc)
-    return rc
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.unmap_phys(dev, addr, size, dir, attrs))
 
 
 cdef int tap_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t size) noexcept with gil:
-    global dmapath_tap_depth
     cdef Tap t = tap_of(dev)
     cdef Call call
     cdef int rc
     if dmapath_tap_depth:
         return t.inner.iova_try_alloc(dev, st, phys, size)
-    call = new_call("iova_try_alloc", None, size)
-    call.phys = phys.v
     memset(st, 0, sizeof(dma_iova_state))
-    if t.before(call):
+    call = new_call("iova_try_alloc", None, size)
+    call.phys, call.state = phys.v, state_of(st)
+    if t.begin(call):
         return 0
-    dmapath_tap_depth += 1
     rc = t.inner.iova_try_alloc(dev, st, phys, size)
-    dmapath_tap_depth -= 1
     call.state = state_of(st)
-    t.after(call, rc)
-    return rc
+    return t.finish(call, rc)
 
 
-cdef int show_link(dma_device *dev, str op, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
-                   dma_data_direction dir, unsigned long attrs) noexcept with gil:
-    global dmapath_tap_depth
-    cdef Tap t = tap_of(dev)
-    cdef Call call = new_call(op, None, None, dir, attrs)
-    cdef int rc
-    call.state, call.offset, call.vecs = state_of(st), offset, vec_list(v, n)
-    rc = t.before(call)
-    if rc:
-        return rc
-    dmapath_tap_depth += 1
-    if op == "iova_link":
-        rc = t.inner.iova_link(dev, st, v[0].paddr, offset, v[0].len, dir, attrs)
-    elif op == "iova_link_vec":
-        rc = t.inner.iova_link_vec(dev, st, v, n, offset, dir, attrs)
-    else:
-        rc = t.inner.iova_link_gapped(dev, st, v, n, offset, dir, attrs)
-    dmapath_tap_depth -= 1
-    t.after(call, rc)
-    return rc
+cdef Call state_call(str op, dma_iova_state *st, offset=None, size=None, dir=None, attrs=None):
+    cdef Call call = new_call(op, None, size, dir, attrs)
+    call.state, call.offset = state_of(st), offset
+    return call
 
 
 cdef int tap_link(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t offset, uint64_t size,
                   dma_data_direction dir, unsigned long attrs) noexcept with gil:
-    cdef phys_vec v
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
     if dmapath_tap_depth:
-        return tap_of(dev).inner.iova_link(dev, st, phys, offset, size, dir, attrs)
-    v.paddr, v.len = phys, size
-    return show_link(dev, "iova_link", st, &v, 1, offset, dir, attrs)
+        return t.inner.iova_link(dev, st, phys, offset, size, dir, attrs)
+    call = state_call("iova_link", st, offset, None, dir, attrs)
+    call.vecs = [(phys.v, size)]
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.iova_link(dev, st, phys, offset, size, dir, attrs))
 
 
 cdef int tap_link_vec(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
                       dma_data_direction dir, unsigned long attrs) noexcept with gil:
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
     if dmapath_tap_depth:
-        return tap_of(dev).inner.iova_link_vec(dev, st, v, n, offset, dir, attrs)
-    return show_link(dev, "iova_link_vec", st, v, n, offset, dir, attrs)
+        return t.inner.iova_link_vec(dev, st, v, n, offset, dir, attrs)
+    call = state_call("iova_link_vec", st, offset, None, dir, attrs)
+    call.vecs = vec_list(v, n)
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.iova_link_vec(dev, st, v, n, offset, dir, attrs))
 
 
 cdef int tap_link_gapped(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
                          dma_data_direction dir, unsigned long attrs) noexcept with gil:
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
     if dmapath_tap_depth:
-        return tap_of(dev).inner.iova_link_gapped(dev, st, v, n, offset, dir, attrs)
-    return show_link(dev, "iova_link_gapped", st, v, n, offset, dir, attrs)
+        return t.inner.iova_link_gapped(dev, st, v, n, offset, dir, attrs)
+    call = state_call("iova_link_gapped", st, offset, None, dir, attrs)
+    call.vecs = vec_list(v, n)
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.iova_link_gapped(dev, st, v, n, offset, dir, attrs))
 
 
 cdef int tap_sync(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64_t size) noexcept with gil:
-    global dmapath_tap_depth
     cdef Tap t = tap_of(dev)
     cdef Call call
     cdef int rc
     if dmapath_tap_depth:
         return t.inner.iova_sync(dev, st, offset, size)
-    call = new_call("iova_sync", None, size)
-    call.state, call.offset = state_of(st), offset
-    rc = t.before(call)
-    if rc:
-        return rc
-    dmapath_tap_depth += 1
-    rc = t.inner.iova_sync(dev, st, offset, size)
-    dmapath_tap_depth -= 1
-    t.after(call, rc)
-    return rc
+    call = state_call("iova_sync", st, offset, size)
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.iova_sync(dev, st, offset, size))
 
 
 cdef int tap_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64_t size, dma_data_direction dir,
                     unsigned long attrs) noexcept with gil:
-    global dmapath_tap_depth
     cdef Tap t = tap_of(dev)
     cdef Call call
     cdef int rc
     if dmapath_tap_depth:
         return t.inner.iova_unlink(dev, st, offset, size, dir, attrs)
-    call = new_call("iova_unlink", None, size, dir, attrs)
-    call.state, call.offset = state_of(st), offset
-    rc = t.before(call)
-    if rc:
-        return rc
-    dmapath_tap_depth += 1
-    rc = t.inner.iova_unlink(dev, st, offset, size, dir, attrs)
-    dmapath_tap_depth -= 1
-    t.after(call, rc)
-    return rc
+    call = state_call("iova_unlink", st, offset, size, dir, attrs)
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.iova_unlink(dev, st, offset, size, dir, attrs))
 
 
 cdef int tap_free(dma_device *dev, dma_iova_state *st) noexcept with gil:
-    global dmapath_tap_depth
     cdef Tap t = tap_of(dev)
     cdef Call call
     cdef int rc
     if dmapath_tap_depth:
         return t.inner.iova_free(dev, st)
-    call = new_call("iova_free")
-    call.state = state_of(st)
-    rc = t.before(call)
-    if rc:
-        return rc
-    dmapath_tap_depth += 1
-    rc = t.inner.iova_free(dev, st)
-    dmapath_tap_depth -= 1
-    t.after(call, rc)
-    return rc
+    call = state_call("iova_free", st)
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.iova_free(dev, st))
 
 
 cdef int tap_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_direction dir, unsigned long attrs,
                     dma_seg *out) noexcept with gil:
-    global dmapath_tap_depth
     cdef Tap t = tap_of(dev)
     cdef Call call
     cdef int rc
     if dmapath_tap_depth:
         return t.inner.map_sg(dev, v, n, dir, attrs, out)
     call = new_call("map_sg", None, None, dir, attrs)
-    call.vecs = vec_list(v, n)
-    rc = t.before(call)
+    call.vecs, call.segments = vec_list(v, n), []
+    rc = t.begin(call)
     if rc:
         return rc
-    dmapath_tap_depth += 1
     rc = t.inner.map_sg(dev, v, n, dir, attrs, out)
-    dmapath_tap_depth -= 1
     call.segments = seg_list(out, <uint32_t>rc) if rc > 0 else []
-    t.after(call, rc)
-    return rc
+    return t.finish(call, rc)
 
 
 cdef int tap_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_direction dir,
                       unsigned long attrs) noexcept with gil:
-    global dmapath_tap_depth
     cdef Tap t = tap_of(dev)
     cdef Call call
     cdef int rc
@@ -373,43 +335,30 @@ cdef int tap_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_di
         return t.inner.unmap_sg(dev, s, n, dir, attrs)
     call = new_call("unmap_sg", None, None, dir, attrs)
     call.segments = seg_list(s, n)
-    rc = t.before(call)
-    if rc:
-        return rc
-    dmapath_tap_depth += 1
-    rc = t.inner.unmap_sg(dev, s, n, dir, attrs)
-    dmapath_tap_depth -= 1
-    t.after(call, rc)
-    return rc
-
-
-cdef int show_cpu_sync(dma_device *dev, str op, dma_addr_t addr, uint64_t size, dma_data_direction dir) noexcept with gil:
-    global dmapath_tap_depth
-    cdef Tap t = tap_of(dev)
-    cdef Call call = new_call(op, addr.v, size, dir)
-    cdef int rc = t.before(call)
-    if rc:
-        return rc
-    dmapath_tap_depth += 1
-    if op == "sync_for_cpu":
-        rc = t.inner.sync_for_cpu(dev, addr, size, dir)
-    else:
-        rc = t.inner.sync_for_device(dev, addr, size, dir)
-    dmapath_tap_depth -= 1
-    t.after(call, rc)
-    return rc
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.unmap_sg(dev, s, n, dir, attrs))
 
 
 cdef int tap_sync_for_cpu(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir) noexcept with gil:
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
     if dmapath_tap_depth:
-        return tap_of(dev).inner.sync_for_cpu(dev, addr, size, dir)
-    return show_cpu_sync(dev, "sync_for_cpu", addr, size, dir)
+        return t.inner.sync_for_cpu(dev, addr, size, dir)
+    call = new_call("sync_for_cpu", addr.v, size, dir)
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.sync_for_cpu(dev, addr, size, dir))
 
 
 cdef int tap_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir) noexcept with gil:
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    cdef int rc
     if dmapath_tap_depth:
-        return tap_of(dev).inner.sync_for_device(dev, addr, size, dir)
-    return show_cpu_sync(dev, "sync_for_device", addr, size, dir)
+        return t.inner.sync_for_device(dev, addr, size, dir)
+    call = new_call("sync_for_device", addr.v, size, dir)
+    rc = t.begin(call)
+    return rc if rc else t.finish(call, t.inner.sync_for_device(dev, addr, size, dir))
 
 
 cdef int tap_need_unmap(dma_device *dev) noexcept with gil:
@@ -418,17 +367,12 @@ cdef int tap_need_unmap(dma_device *dev) noexcept with gil:
 
 
 cdef int tap_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int write, dma_fault *fault) noexcept with gil:
-    global dmapath_tap_depth
     cdef Tap t = tap_of(dev)
     cdef Call call = new_call("access", addr.v, n)
     cdef int rc
     call.write = write != 0
-    rc = t.before(call)
-    if rc:
+    if t.begin(call):
         return dma_fault_at(fault, addr.v, 0, DMA_FAULT_NOT_PRESENT, write)
-    dmapath_tap_depth += 1
     rc = t.inner_bus.access(dev, addr, n, buf, write, fault)
-    dmapath_tap_depth -= 1
     call.done = fault.done if rc else n
-    t.after(call, rc)
-    return rc
+    return t.finish(call, rc)

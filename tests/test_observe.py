@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import live
 from dmapath import (
     Bio,
     Device,
+    DmaDebug,
     DmaEngine,
     DmaError,
     DmaFault,
@@ -82,6 +84,22 @@ def test_an_injected_failure_says_its_errno_and_happens_once() -> None:
     FLOWS["linear"](dev)
     with pytest.raises(DmaError, match="one of map_phys"):
         FaultInjector("nothing", 1)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("op", ["map_phys", "iova_try_alloc", "iova_link_vec", "iova_link_gapped", "map_sg"])
+def test_a_refused_call_is_told_to_the_others_as_the_driver_sees_it(flow: str, op: str) -> None:
+    memory = PhysMemory(1 << 20, base=BASE)
+    dev = Device(iommu=Iommu(), memory=memory)
+    tracer = dev.attach(Tracer())
+    debug = dev.attach(DmaDebug())
+    dev.attach(FaultInjector(op, 1))
+    with contextlib.suppress(DmaError):
+        FLOWS[flow](dev)
+    dev.detach(debug)
+    debug.check()
+    if (flow, op) == ("per-range", "map_phys"):
+        assert "dma_addr=ffffffffffffffff" in tracer.lines[0]
 
 
 def test_a_devices_access_can_be_made_to_fault() -> None:
