@@ -84,7 +84,6 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint64_t size
         uint64_t bus_offset
         uint32_t type
-        uint32_t provider
     struct dma_p2p:
         uint32_t nr
         dma_p2p_range *ranges
@@ -114,6 +113,8 @@ cdef extern from "dmapath/dmapath.h" nogil:
     bint dma_has_bounced(const dma_device *)
     const dma_p2p_range *dma_p2p_at(const dma_p2p *, phys_addr_t, int *)
     const dma_p2p_range *dma_p2p_find(const dma_device *, phys_addr_t)
+    uint32_t dma_p2p_kind(const dma_p2p_range *)
+    dma_addr_t dma_p2p_bus(const dma_p2p_range *, phys_addr_t)
     const dma_p2p_range *dma_p2p_peer(const dma_device *, dma_addr_t)
     struct dma_ops:
         uint32_t abi

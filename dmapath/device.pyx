@@ -252,7 +252,6 @@ cdef class Device:
             table.ranges[i].start.v, table.ranges[i].size = int(bar.phys()), bar.size
             table.ranges[i].bus_offset = bar.bus_offset
             table.ranges[i].type = DMA_P2P_NOT_SUPPORTED if self.pci is None else self.pci.reach(bar.function)
-            table.ranges[i].provider = i
         self.old_p2p.append(<size_t>self.c.p2p)  # a driver may be reading it
         self.c.p2p = table
 

@@ -13,9 +13,9 @@ from libc.string cimport memset
 
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_BIDIRECTIONAL, DMA_DEV_COHERENT, DMA_P2P_BUS_ADDR,
-    DMA_P2P_NOT_SUPPORTED, dma_addr, dma_addr_t, dma_device, dma_has_bounced, dma_iova_free, dma_iova_link, dma_iova_state,
-    dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_map_phys, dma_p2p_find, dma_p2p_range, dma_unmap_phys,
-    phys_addr, phys_addr_t,
+    DMA_P2P_NOT_SUPPORTED, dma_addr, dma_addr_t, dma_device, dma_has_bounced, dma_iova_free, dma_iova_link,
+    dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_map_phys, dma_p2p_bus, dma_p2p_find,
+    dma_p2p_range, dma_unmap_phys, phys_addr, phys_addr_t,
 )
 from dmapath.device cimport Device
 from dmapath.memory cimport PhysMemory
@@ -78,7 +78,7 @@ cdef int hmm_dma_map_pfn(dma_device *dev, hmm_dma_map *map, uint64_t i, phys_add
         return -EREMOTEIO
     if peer != NULL and peer.type == DMA_P2P_BUS_ADDR:
         map.pfn_list[i] = phys.v >> 12 | flags | PFN_MAPPED | PFN_BUS
-        out[0] = dma_addr(phys.v + peer.bus_offset)
+        out[0] = dma_p2p_bus(peer, phys)
         return 0
     if peer != NULL:
         attrs |= DMA_ATTR_MMIO

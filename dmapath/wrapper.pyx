@@ -16,7 +16,8 @@ from dmapath.abi cimport (
     DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE, DMA_MAP_CHUNK, DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED,
     DMA_P2P_THRU_HOST_BRIDGE, DMA_POLICY_LINUX, DMA_RQ_SG, DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr,
     dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter, dma_map_state, dma_p2p_at,
-    dma_p2p_range, dma_policy, dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t, phys_vec,
+    dma_p2p_bus, dma_p2p_kind, dma_p2p_range, dma_policy, dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t,
+    phys_vec,
 )
 
 cdef extern from *:
@@ -156,7 +157,17 @@ cdef inline void give_up(dma_map_state *st, uint64_t rule) noexcept nogil:
     st.iova.size = 0
 
 
-# link every vector, sync once; on failure everything is taken back
+# after the last link, or the first that failed: one sync; on failure everything is taken back
+cdef int finish_links(dma_device *dev, dma_map_state *st, uint64_t size, int rc) noexcept nogil:
+    if rc == 0:
+        rc = dev.ops.iova_sync(dev, &st.iova, 0, size)
+    if rc:
+        dma_iova_destroy(dev, &st.iova, st.mapped, <dma_data_direction>st.dir, st.attrs)
+        give_up(st, R_LINK_FAILED)
+    return rc
+
+
+# link every vector, sync once
 cdef int link_all(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gapped, uint64_t size) noexcept nogil:
     cdef uint64_t gm = it.granule_mask, step
     cdef dma_data_direction dir = <dma_data_direction>st.dir
@@ -179,14 +190,9 @@ cdef int link_all(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gap
                 step = (step + (it.window[i].paddr.v & gm) + gm) & ~gm
             st.mapped += step
         window_load(it, &dev.limits)
-    if rc == 0:
-        rc = dev.ops.iova_sync(dev, &st.iova, 0, size)
-    if rc:
-        dma_iova_destroy(dev, &st.iova, st.mapped, dir, st.attrs)
-        give_up(st, R_LINK_FAILED)
-        return rc
+    rc = finish_links(dev, st, size, rc)
     window_restart(it, &dev.limits)
-    return 0
+    return rc
 
 
 # 1: one IOVA range holds the request; 0: the backend gives none; < 0: failed
@@ -274,9 +280,8 @@ cdef int start_unified(dma_device *dev, dma_map_state *st, dma_map_iter *it) noe
 
 cdef struct piece:  # part of a vector that lies in one kind of memory
     phys_vec v
-    uint32_t type       # enum dma_p2p_type
-    uint32_t provider
-    uint64_t bus_offset
+    const dma_p2p_range *peer  # NULL: the host's
+    uint32_t type              # enum dma_p2p_type
 
 
 # the next piece, or False after the last: vectors are cut where memory changes hands
@@ -290,10 +295,10 @@ cdef bint next_piece(dma_device *dev, dma_map_iter *it, const dma_limits *lim, p
     v = &it.window[it.at]
     out.v.paddr = phys_addr(v.paddr.v + it.pos)
     out.v.len = v.len - it.pos
-    out.type = DMA_P2P_NONE
     r = dma_p2p_at(dev.p2p, out.v.paddr, &inside)
+    out.peer = r if inside else NULL
+    out.type = dma_p2p_kind(out.peer)
     if inside:
-        out.type, out.provider, out.bus_offset = r.type, r.provider, r.bus_offset
         if out.v.len > r.start.v + r.size - out.v.paddr.v:
             out.v.len = r.start.v + r.size - out.v.paddr.v
     elif r != NULL and out.v.len > r.start.v - out.v.paddr.v:
@@ -369,14 +374,9 @@ cdef int link_pieces(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint 
             rc = dev.ops.iova_link_vec(dev, &st.iova, &p.v, 1, st.mapped, <dma_data_direction>st.dir, attrs)
             step = p.v.len
         st.mapped += step if rc == 0 else 0
-    if rc == 0:
-        rc = dev.ops.iova_sync(dev, &st.iova, 0, size)
-    if rc:
-        dma_iova_destroy(dev, &st.iova, st.mapped, <dma_data_direction>st.dir, st.attrs)
-        give_up(st, R_LINK_FAILED)
-        return rc
+    rc = finish_links(dev, st, size, rc)
     restart_pieces(it, &dev.limits)
-    return 0
+    return rc
 
 
 cdef phys_addr_t first_linked(dma_device *dev, dma_map_iter *it) noexcept nogil:
@@ -423,7 +423,7 @@ cdef int start_linux_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it) n
     cdef piece first, p
     next_piece(dev, it, &dev.limits, &first)
     while next_piece(dev, it, &dev.limits, &p):
-        if p.type != first.type or (p.type != DMA_P2P_NONE and p.provider != first.provider):
+        if p.peer != first.peer:
             give_up(st, R_P2P_MIX)
             return -EINVAL
     restart_pieces(it, &dev.limits)
@@ -570,11 +570,13 @@ cdef inline int next_linear(dma_device *dev, dma_map_state *st, dma_map_iter *it
 
 
 cdef inline int next_gapped(dma_device *dev, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    cdef uint64_t gm = it.granule_mask, off
     cdef const phys_vec *v = window_next(it, &dev.limits)
-    if v == NULL:
-        return 0
-    off = v.paddr.v & gm
+    return 0 if v == NULL else take_granules(it, v, seg)
+
+
+# the segment of a vector that has granules of its own
+cdef inline int take_granules(dma_map_iter *it, const phys_vec *v, dma_seg *seg) noexcept nogil:
+    cdef uint64_t gm = it.granule_mask, off = v.paddr.v & gm
     seg.addr = dma_addr(it.next + off)
     seg.len = v.len
     it.next += (off + v.len + gm) & ~gm
@@ -611,7 +613,6 @@ cdef int map_one(dma_device *dev, dma_map_state *st, dma_map_iter *it, const phy
 
 # with peers in the request: their pieces by bus address, in their place among the others
 cdef int next_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    cdef uint64_t gm = it.granule_mask, off
     cdef piece p
     if it.left and st.layout == DMA_LAYOUT_LINEAR:
         return next_linear(dev, st, it, seg)
@@ -622,21 +623,17 @@ cdef int next_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg 
     if not next_piece(dev, it, &dev.limits, &p):
         return 0
     if p.type == DMA_P2P_BUS_ADDR:
-        seg.addr = dma_addr(p.v.paddr.v + p.bus_offset)
+        seg.addr = dma_p2p_bus(p.peer, p.v.paddr)
         seg.len = p.v.len
         return 1
     if st.layout == DMA_LAYOUT_GAPPED:
-        off = p.v.paddr.v & gm
-        seg.addr = dma_addr(it.next + off)
-        seg.len = p.v.len
-        it.next += (off + p.v.len + gm) & ~gm
-        return 1
+        return take_granules(it, &p.v, seg)
     if st.layout != DMA_LAYOUT_LINEAR:
         return map_one(dev, st, it, &p.v, st.attrs | DMA_ATTR_MMIO if p.type == DMA_P2P_THRU_HOST_BRIDGE else st.attrs, seg)
     it.left = p.v.len  # the run up to the next peer is one range
     while next_piece(dev, it, &dev.limits, &p):
         if p.type == DMA_P2P_BUS_ADDR:
-            it.held.addr = dma_addr(p.v.paddr.v + p.bus_offset)
+            it.held.addr = dma_p2p_bus(p.peer, p.v.paddr)
             it.held.len = p.v.len
             break
         it.left += p.v.len

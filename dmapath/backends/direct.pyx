@@ -9,7 +9,7 @@ from libc.errno cimport EFAULT, EINVAL, EIO, ENOMEM, EOPNOTSUPP, EREMOTEIO
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 
 from dmapath._core cimport (
-    add_atomic, dma_mark_bounced, p2p_dropped, p2p_route, phys_mem_clean, phys_mem_copy, phys_mem_dma,
+    add_atomic as add, dma_mark_bounced, p2p_dropped, p2p_route, phys_mem_clean, phys_mem_copy, phys_mem_dma,
     phys_mem_inval, phys_mem_read_lock, phys_mem_read_unlock, swiotlb_has, swiotlb_map, swiotlb_pool, swiotlb_sync,
     swiotlb_unmap, swiotlb_want, xen_domain, xen_machine, xen_phys, xen_straddles,
 )
@@ -17,7 +17,7 @@ from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT, DMA_FAULT_BUS,
     DMA_FROM_DEVICE, DMA_NONE, DMA_P2P_BUS_ADDR, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, DMAPATH_ABI, dma_addr,
     dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_fault_at, dma_has_bounced, dma_ops,
-    dma_ops_init, dma_p2p_find, dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr, phys_addr_t, phys_vec,
+    dma_ops_init, dma_p2p_bus, dma_p2p_find, dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 from dmapath.xen cimport XenDomain
@@ -30,10 +30,6 @@ cdef struct direct_counts:
 cdef struct direct_priv:
     direct_counts counts
     xen_domain *xen  # NULL: machine and physical addresses are one
-
-
-cdef inline void add(uint64_t *what, uint64_t n) noexcept nogil:
-    add_atomic(what, n)
 
 
 cdef inline direct_counts *counts_of(dma_device *dev) noexcept nogil:
@@ -153,7 +149,7 @@ cdef int direct_map_one(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
     if attrs & DMA_ATTR_MMIO:
         if not capable(dev, phys.v, size) or (xen_of(dev) == NULL and forced(dev)):
             return -ENOMEM
-        out[0] = phys_to_bus(phys)
+        out[0] = dma_addr(phys.v)  # a resource keeps its address: neither offsets nor pools concern it
         return 0
     addr = phys_to_dma(dev, phys.v)
     if addr == UINT64_MAX and xen_of(dev) != NULL:
@@ -165,11 +161,6 @@ cdef int direct_map_one(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
     if cpu_sync(dev, attrs):
         clean(dev, dma_to_phys(dev, out.v), size)
     return 0
-
-
-# a resource keeps its address: neither offsets nor pools concern it
-cdef inline dma_addr_t phys_to_bus(phys_addr_t phys) noexcept nogil:
-    return dma_addr(phys.v)
 
 
 cdef int direct_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_direction dir,
@@ -187,7 +178,7 @@ cdef inline void direct_unmap_one(dma_device *dev, dma_addr_t addr, uint64_t siz
         return
     if cpu_sync(dev, attrs):
         inval(dev, dma_to_phys(dev, addr.v), size)
-    if dev.swiotlb != NULL and not attrs & DMA_ATTR_REQUIRE_COHERENT and pooled(dev, addr.v, &phys):
+    if not attrs & DMA_ATTR_REQUIRE_COHERENT and pooled(dev, addr.v, &phys):
         give_back(dev, phys, dir != DMA_TO_DEVICE and not attrs & DMA_ATTR_SKIP_CPU_SYNC)
 
 
@@ -207,7 +198,7 @@ cdef int map_entry(dma_device *dev, const phys_vec *v, dma_data_direction dir, u
     if peer.type == DMA_P2P_NOT_SUPPORTED:
         return -EREMOTEIO
     if peer.type == DMA_P2P_BUS_ADDR:
-        out[0] = dma_addr(v.paddr.v + peer.bus_offset)
+        out[0] = dma_p2p_bus(peer, v.paddr)
         return 0
     return direct_map_one(dev, v.paddr, v.len, dir, attrs | DMA_ATTR_MMIO, out)
 

@@ -26,8 +26,8 @@ from dmapath.abi cimport (
     DMAPATH_ABI, DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_FROM_DEVICE, DMA_IOVA_USE_SWIOTLB, DMA_NONE,
     DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED, DMA_TO_DEVICE, dma_addr, dma_addr_t, dma_bus_ops,
-    dma_data_direction, dma_device, dma_fault, dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, dma_p2p_find,
-    dma_p2p_peer, dma_p2p_range, dma_seg, phys_addr_t, phys_vec,
+    dma_data_direction, dma_device, dma_fault, dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, dma_p2p_bus,
+    dma_p2p_kind, dma_p2p_find, dma_p2p_peer, dma_seg, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 
@@ -450,8 +450,7 @@ cdef int iommu_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_d
 
 # how the device reaches an address: NONE is memory of the host's
 cdef inline uint32_t bus_type(dma_device *dev, phys_addr_t phys) noexcept nogil:
-    cdef const dma_p2p_range *r = dma_p2p_find(dev, phys)
-    return DMA_P2P_NONE if r == NULL else r.type
+    return dma_p2p_kind(dma_p2p_find(dev, phys))
 
 
 # iommu_dma_map_sg, its first pass: bytes of IOVA each entry takes, padded so that no segment crosses a boundary
@@ -517,7 +516,7 @@ cdef int sg_finalise(dma_device *dev, const phys_vec *v, uint32_t n, const uint6
     for i in range(n):
         off = dom_off(d, v[i].paddr.v)
         if span[i] == 0:
-            out[nents].addr = dma_addr(v[i].paddr.v + dma_p2p_find(dev, v[i].paddr).bus_offset)
+            out[nents].addr = dma_p2p_bus(dma_p2p_find(dev, v[i].paddr), v[i].paddr)
             out[nents].len = v[i].len
             nents += 1
             cur = 0
@@ -544,7 +543,7 @@ cdef int sg_one_by_one(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_
         type = bus_type(dev, v[i].paddr)
         out[i].len = v[i].len
         if type == DMA_P2P_BUS_ADDR:
-            out[i].addr = dma_addr(v[i].paddr.v + dma_p2p_find(dev, v[i].paddr).bus_offset)
+            out[i].addr = dma_p2p_bus(dma_p2p_find(dev, v[i].paddr), v[i].paddr)
         elif iommu_map_phys(dev, v[i].paddr, v[i].len, dir, attrs if type == DMA_P2P_NONE else attrs | DMA_ATTR_MMIO,
                             &out[i].addr):
             sg_release(dev, out, i, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* A Xen guest's view of frames (drivers/xen/swiotlb-xen.c, p2m): which machine frame backs each of its own, and which of its
- * frames, if any, each machine frame backs. Both are radix trees whose leaves are page addresses with a mark in bit 0. */
+ * frames, if any, each machine frame backs. Both are radix trees whose leaves are page addresses; p2m marks them in bit 0. */
 #ifndef DMAPATH_XEN_H
 #define DMAPATH_XEN_H
 
@@ -59,7 +59,7 @@ static inline void xen_destroy(struct xen_domain *x)
 static inline int xen_set(struct xen_domain *x, uint64_t phys, uint64_t machine, bool foreign)
 {
     int rc = phys_mem_add(&x->p2m, phys, (void *)(uintptr_t)machine, foreign);
-    if (!rc && (rc = phys_mem_add(&x->m2p, machine, (void *)(uintptr_t)phys, foreign)))
+    if (!rc && (rc = phys_mem_add(&x->m2p, machine, (void *)(uintptr_t)phys, false)))
         phys_mem_remove(&x->p2m, &phys, 1);
     return rc;
 }

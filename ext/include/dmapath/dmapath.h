@@ -77,7 +77,7 @@ enum {
 
 /* How a device reaches a peer's memory (enum pci_p2pdma_map_type), worked out once for each of the machine's BARs. */
 enum dma_p2p_type { DMA_P2P_NONE = 1, DMA_P2P_NOT_SUPPORTED = 2, DMA_P2P_BUS_ADDR = 3, DMA_P2P_THRU_HOST_BRIDGE = 4 };
-struct dma_p2p_range { phys_addr_t start; uint64_t size, bus_offset; uint32_t type, provider; };
+struct dma_p2p_range { phys_addr_t start; uint64_t size, bus_offset; uint32_t type, reserved; };
 struct dma_p2p { uint32_t nr, reserved; struct dma_p2p_range ranges[]; }; /* by start, disjoint */
 
 struct dma_range_map { phys_addr_t cpu_start; dma_addr_t dma_start; uint64_t size; };
@@ -127,6 +127,9 @@ static inline const struct dma_p2p_range *dma_p2p_find(const struct dma_device *
     const struct dma_p2p_range *r = d->p2p ? dma_p2p_at(d->p2p, p, &inside) : NULL;
     return inside ? r : NULL;
 }
+/* What a look-up's answer says of an address: its kind (NULL: memory of the host's), and where it is on the bus. */
+static inline uint32_t dma_p2p_kind(const struct dma_p2p_range *r) { return r ? r->type : (uint32_t)DMA_P2P_NONE; }
+static inline dma_addr_t dma_p2p_bus(const struct dma_p2p_range *r, phys_addr_t p) { return dma_addr(p.v + r->bus_offset); }
 /* The peer that a bus address goes to without the host: a range of type BUS_ADDR, or NULL. No IOVA is ever such an address,
  * since an IOMMU's domains reserve the host bridge's windows. */
 static inline const struct dma_p2p_range *dma_p2p_peer(const struct dma_device *d, dma_addr_t a)
