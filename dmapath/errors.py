@@ -8,6 +8,7 @@ from collections.abc import Callable
 __all__ = [
     "AddressTypeError",
     "AlignmentError",
+    "CompletionError",
     "DmaError",
     "DmaFault",
     "DmaValueError",
@@ -19,6 +20,7 @@ __all__ = [
     "PermissionDeniedError",
     "StateError",
     "TraceError",
+    "VerbsError",
     "error_for",
 ]
 
@@ -116,6 +118,34 @@ class DmaFault(DmaError):
 
 def _rebuild_fault(rule: str, iova: int, reason: str, done: int, write: bool) -> DmaError:
     return DmaFault(rule, iova=iova, reason=reason, done=done, write=write)
+
+
+class VerbsError(DmaError):
+    """A call of libibverbs failed."""
+
+
+class CompletionError(VerbsError):
+    """A work request completed with an error. ``status`` is the number (enum ibv_wc_status) and ``status_name`` its name,
+    ``request`` the request's id, ``opcode`` what it was, ``segment`` the index of its work request within the request,
+    ``address`` and ``key`` the remote address and rkey (of a send or receive: the local address and lkey), ``length`` its
+    bytes, ``qp_num`` the queue pair, which is in the error state now (``Qp.recover``)."""
+
+    default_errno = _errno.EIO
+
+    def __init__(self, rule: str, **details: int | str) -> None:
+        self.details = details
+        self.status, self.status_name = details["status"], details["status_name"]
+        self.request, self.opcode, self.segment = details["request"], details["opcode"], details["segment"]
+        self.address, self.key, self.length = details["address"], details["key"], details["length"]
+        self.qp_num = details["qp_num"]
+        super().__init__(rule)
+
+    def __reduce__(self) -> tuple[Callable[..., DmaError], tuple[object, ...]]:
+        return _rebuild_completion, (self.rule, self.details)
+
+
+def _rebuild_completion(rule: str, details: dict[str, int | str]) -> DmaError:
+    return CompletionError(rule, **details)
 
 
 class TraceError(DmaError, ValueError):

@@ -1,0 +1,197 @@
+"""A guest's kernel and its first file system: busybox and the few modules that it needs, no udev."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from dmapath.errors import DmaValueError, NotSupportedError
+from dmapath.guest.packages import cache_dir, find_tool, unpack
+
+__all__ = ["KERNELS", "MODULES", "Kernel", "archive", "build_kernel", "find_kernel", "initramfs"]
+
+#: name -> (suite; "": the machine's own, patterns of the packages with vmlinuz and modules)
+KERNELS = {
+    "6.1": ("", [r"linux-image-6\.1\.0-\d+-amd64"]),
+    "7.3": ("trixie-backports", [r"linux-binary-7\.3\.\d+\+deb13-amd64", r"linux-modules-7\.3\.\d+\+deb13-amd64"]),
+}
+#: What each option of a guest loads, with whatever that depends on.
+MODULES = {
+    "base": ["virtio_pci", "9p", "9pnet_virtio", "virtio_console", "virtio_rng"],
+    "rxe": ["crc32_generic", "crc32c_generic", "dummy", "rdma_rxe", "ib_uverbs", "rdma_ucm"],
+    "nvme": ["nvme"],
+}
+
+
+class Kernel(NamedTuple):
+    """A kernel to boot: its release, its image, and its folder of modules."""
+
+    release: str
+    image: Path
+    modules: Path
+
+
+def build_kernel(name: str, debs: list[Path]) -> None:
+    """Keep of a kernel's packages what a guest needs, in the cache; whole or not at all."""
+    home = cache_dir() / "kernels"
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as scratch:
+        for deb in debs:
+            unpack(deb, Path(scratch) / "root")
+        root = Path(scratch) / "root"
+        images = [*root.glob("boot/vmlinuz-*"), *root.glob("usr/lib/modules/*/vmlinuz"), *root.glob("lib/modules/*/vmlinuz")]
+        folders = [p for p in [*root.glob("lib/modules/*"), *root.glob("usr/lib/modules/*")] if (p / "kernel").is_dir()]
+        if not images or not folders:
+            raise NotSupportedError("the packages hold no vmlinuz or no modules", argument="kernel", value=name)
+        kept = Path(scratch) / "kept"
+        kept.mkdir()
+        shutil.copy2(images[0], kept / "vmlinuz")
+        (kept / "release").write_text(folders[0].name)
+        _keep_modules(folders[0], kept / "modules")
+        shutil.rmtree(home / name, ignore_errors=True)
+        kept.rename(home / name)
+
+
+def _keep_modules(source: Path, into: Path) -> None:
+    """Unpacked copies of the modules of MODULES and of what they need, in the order to load them."""
+    into.mkdir()
+    there = {p.name.split(".ko")[0].replace("-", "_"): p for p in source.rglob("*.ko*")}
+    builtin = {Path(line).name.split(".ko")[0].replace("-", "_")
+               for line in _lines(source / "modules.builtin")}  # fmt: skip
+    for kind, names in MODULES.items():
+        order: list[str] = []
+        for name in names:
+            if name in there:
+                _in_order(name, there, builtin, into, order)
+        (into / f"{kind}.order").write_text("".join(f"{n}\n" for n in order))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _in_order(name: str, there: dict[str, Path], builtin: set[str], into: Path, order: list[str]) -> None:
+    if name in order or name in builtin:
+        return
+    if name not in there:
+        raise NotSupportedError("a module that the kernel's packages lack", argument="module", value=name)
+    data = _read_module(there[name])
+    found = re.search(rb"\0depends=([^\0]*)\0", data)
+    for needed in found[1].decode().replace("-", "_").split(",") if found and found[1] else []:
+        _in_order(needed, there, builtin, into, order)
+    (into / f"{name}.ko").write_bytes(data)
+    order.append(name)
+
+
+def _read_module(path: Path) -> bytes:
+    if path.suffix == ".xz":
+        return lzma.decompress(path.read_bytes())
+    if path.suffix == ".zst":
+        return subprocess.run(["zstd", "-dcq", str(path)], capture_output=True, check=True).stdout
+    return path.read_bytes()
+
+
+def find_kernel(kernel: str, *, missing_ok: bool = False) -> Kernel | None:
+    """A kernel of the cache by name, or any by the path of its image, with /lib/modules/RELEASE beside it or on this machine."""
+    if kernel in KERNELS:
+        home = cache_dir() / "kernels" / kernel
+        if (home / "release").exists():
+            return Kernel((home / "release").read_text(), home / "vmlinuz", home / "modules")
+        if missing_ok:
+            return None
+        raise NotSupportedError(f"not in the cache: dmapath guest prepare --kernel {kernel}", argument="kernel", value=kernel)
+    image = Path(kernel)
+    if not image.is_file():
+        raise DmaValueError(f"{', '.join(KERNELS)}, or the path of a kernel image", argument="kernel", value=kernel)
+    release = _release(image)
+    for base in (image.parent, image.parent.parent / "lib/modules" / release, Path("/lib/modules") / release):
+        if (base / "kernel").is_dir():
+            into = cache_dir() / "kernels" / f"own-{release}"
+            shutil.rmtree(into, ignore_errors=True)
+            into.parent.mkdir(parents=True, exist_ok=True)
+            _keep_modules(base, into)
+            return Kernel(release, image, into)
+    raise NotSupportedError(f"no modules of {release} beside it or in /lib/modules", argument="kernel", value=kernel)
+
+
+def _release(image: Path) -> str:
+    """The release that a bzImage names in its header (Documentation/arch/x86/boot.rst, kernel_version)."""
+    data = image.read_bytes()
+    if data[0x202:0x206] != b"HdrS":
+        raise DmaValueError("an x86 kernel image (bzImage)", argument="kernel", value=str(image))
+    at = int.from_bytes(data[0x20E:0x210], "little") + 0x200
+    return data[at : data.index(b"\0", at)].decode().split()[0]
+
+
+# ---- the first file system ------------------------------------------------------------------------------------------
+
+INIT = r"""#!/bin/busybox sh
+b=/bin/busybox
+$b mount -t proc proc /proc; $b mount -t sysfs sys /sys; $b mount -t devtmpfs dev /dev
+load() { for m in $($b cat /m/$1.order); do $b insmod /m/$m.ko || echo "guest: cannot load $m" >/dev/console; done; }
+load base
+for p in /sys/class/virtio-ports/*; do $b ln -s /dev/${p##*/} /dev/$($b cat $p/name); done
+. /job/settings
+echo booted >/dev/status
+share="trans=virtio,version=9p2000.L,msize=512000"
+$b mount -t 9p -o ro,$share,cache=loose root /root || echo "guest: cannot mount the host's files" >/dev/console
+if [ -n "$SHARE" ]; then $b mount -t 9p -o rw,$share share "/root$SHARE" || echo "guest: cannot mount $SHARE" >/dev/console; fi
+for kind in $LOAD; do load $kind; done
+$b mount -t proc proc /root/proc; $b mount -t sysfs sys /root/sys; $b mount -t devtmpfs dev /root/dev
+$b mkdir -p /root/dev/pts /root/dev/shm
+$b mount -t devpts pts /root/dev/pts; $b mount -t tmpfs shm /root/dev/shm
+$b mount -t tmpfs run /root/run; $b mount -t tmpfs tmp /root/mnt
+$b mount -t tracefs trace /root/sys/kernel/tracing 2>/dev/null
+$b mkdir -p /root/run/home /root/mnt/tmp
+$b cp /job/job /root/run/job
+$b ip link set lo up
+$b chroot /root /bin/sh /run/job </dev/null >/dev/out 2>/dev/err
+echo "rc $?" >/dev/status
+$b poweroff -f
+"""
+#: Brings soft-RoCE up on a dummy interface: RoCE v2 over 10.10.0.1, the largest path MTU.
+RXE_UP = """ip link add dummy0 type dummy 2>/dev/null
+ip link set dummy0 mtu 9000 && ip addr add 10.10.0.1/24 dev dummy0 &&
+ip link set dummy0 up && rdma link add rxe0 type rxe netdev dummy0 || { echo "guest: soft-RoCE did not come up" >&2; exit 125; }
+"""
+
+
+def archive(entries: dict[str, tuple[int, bytes]]) -> bytes:
+    """A cpio archive (newc) of path -> (mode, data)."""
+    out = bytearray()
+    for number, (name, (mode, data)) in enumerate([*entries.items(), ("TRAILER!!!", (0, b""))], 1):
+        device = (5, 1) if stat.S_ISCHR(mode) else (0, 0)
+        path = name.encode() + b"\0"
+        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(path), 0)
+        out += b"070701" + b"".join(b"%08x" % f for f in fields) + path
+        out += bytes(-len(out) % 4) + data
+        out += bytes(-len(out) % 4)
+    return bytes(out)
+
+
+def initramfs(kernel: Kernel, job: str, settings: dict[str, str]) -> bytes:
+    """The first file system of one run."""
+    busybox = find_tool("busybox")
+    if busybox is None:
+        raise NotSupportedError("missing: busybox-static. dmapath guest prepare fetches it")
+    folder, script = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755
+    entries = {name: (folder, b"") for name in ("bin", "proc", "sys", "dev", "root", "m", "job")}
+    entries["dev/console"] = (stat.S_IFCHR | 0o600, b"")
+    entries["init"] = (script, INIT.encode())
+    entries["bin/busybox"] = (script, Path(os.path.realpath(busybox)).read_bytes())
+    wanted = {"base", *settings.get("LOAD", "").split()}
+    for kind in wanted:
+        order = (kernel.modules / f"{kind}.order").read_text()
+        entries[f"m/{kind}.order"] = (script, order.encode())
+        for name in order.split():
+            entries[f"m/{name}.ko"] = (script, (kernel.modules / f"{name}.ko").read_bytes())
+    entries["job/job"] = (script, job.encode())
+    entries["job/settings"] = (script, "".join(f"{k}='{v}'\n" for k, v in settings.items()).encode())
+    return archive(entries)
