@@ -3,6 +3,7 @@ builds with sanitizers, DMAPATH_ANNOTATE=1 writes cython's line scores beside th
 
 import glob
 import os
+import subprocess
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -31,6 +32,13 @@ MODULES = {
     "dmapath.engine": MEM,
     "dmapath._bench": MEM,
 }
+#: The same for RDMA hardware, built where rdma-core's headers are.
+VERBS = {
+    "dmapath.verbs.bridge": [],
+    "dmapath.verbs.resources": [],
+    "dmapath.verbs.queue": [],
+    "dmapath.verbs.backend": MEM,
+}
 
 flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra",
          # generated code: unused entry points and parameters, and comparisons that are true by type
@@ -43,9 +51,26 @@ if SANITIZE:
     flags += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     link.append(f"-fsanitize={SANITIZE}")
 
+
+
+def has_verbs() -> bool:
+    """Whether libibverbs can be compiled against; a build that must be whole (DMAPATH_WERROR) says so where not."""
+    cc = os.environ.get("CC", "cc").split()
+    there = subprocess.run([*cc, "-E", "-x", "c", "-"], input="#include <infiniband/verbs.h>\n", text=True, check=False,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0  # fmt: skip
+    if not there:
+        print("dmapath: rdma-core's headers are missing (apt-get install libibverbs-dev): built without the verbs back end")
+        if os.environ.get("DMAPATH_WERROR"):
+            raise SystemExit("dmapath: DMAPATH_WERROR wants the whole package")
+    return there
+
+
+if has_verbs():
+    MODULES |= VERBS
 extensions = [
     Extension(name, [name.replace(".", "/") + ".pyx", *sources], include_dirs=["ext/include", "ext/core"],
               extra_compile_args=flags, extra_link_args=link,
+              libraries=["ibverbs"] if name in VERBS else [],
               depends=sorted(glob.glob("ext/**/*.[ch]", recursive=True)))
     for name, sources in MODULES.items()
 ]

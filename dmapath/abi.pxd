@@ -65,6 +65,9 @@ cdef extern from "dmapath/dmapath.h" nogil:
     struct dma_seg:
         dma_addr_t addr
         uint64_t len
+    struct dma_keys:
+        uint32_t lkey
+        uint32_t rkey
     struct dma_iova_state:
         dma_addr_t addr
         uint64_t size "__size"
@@ -141,6 +144,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint64_t (*merge_boundary)(dma_device *) noexcept nogil
         int (*need_unmap)(dma_device *) noexcept nogil
         int (*is_bounced)(dma_device *, dma_addr_t) noexcept nogil
+        int (*keys_of)(dma_device *, dma_addr_t, uint64_t, dma_keys *) noexcept nogil
     struct dma_fault:
         dma_addr_t addr
         uint64_t done
@@ -161,6 +165,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
     int dma_iova_free(dma_device *, dma_iova_state *)
     int dma_iova_destroy(dma_device *, dma_iova_state *, uint64_t, dma_data_direction, unsigned long)
     uint64_t dma_get_merge_boundary(dma_device *)
+    int dma_keys_of(dma_device *, dma_addr_t, uint64_t, dma_keys *)
 
     struct dma_cursor:
         uint64_t item

@@ -35,6 +35,7 @@ cdef class IovaState:
 cdef class Segment:
     cdef unsigned long long addr_
     cdef readonly unsigned long long length
+    cdef readonly unsigned int lkey, rkey
 
 
 cdef class CoherentBuffer:

@@ -21,6 +21,8 @@ ATTRS: dict[str, int]
 
 class Segment:
     length: int
+    lkey: int
+    rkey: int
     @property
     def addr(self) -> DmaAddr: ...
     def __iter__(self) -> Iterator[Any]: ...

@@ -19,8 +19,8 @@ from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_LAYOUT_BOUNCED, DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED,
     DMA_LAYOUT_LINEAR, DMA_LAYOUT_PER_RANGE, DMA_P2P_NOT_SUPPORTED, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED,
-    DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t, dma_data_direction, dma_iova_destroy, dma_iova_free, dma_iova_link,
-    dma_iova_size, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_ops, dma_p2p,
+    DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t, dma_data_direction, dma_device, dma_iova_destroy, dma_iova_free, dma_iova_link,
+    dma_iova_size, dma_iova_state, dma_iova_sync, dma_keys, dma_keys_of, dma_iova_try_alloc, dma_iova_unlink, dma_ops, dma_p2p,
     dma_p2p_range, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
 )
 from dmapath.backends.base cimport CapsuleBackend
@@ -78,7 +78,8 @@ def _mask(value, name, *, zero=False):
 
 
 cdef class Segment:
-    """What the hardware is given: a DMA address and a length in bytes."""
+    """What the hardware is given: a DMA address, a length in bytes, and the keys of the registration that it lies in (``lkey``,
+    ``rkey``; 0 where the back end needs none)."""
 
     @property
     def addr(self):
@@ -100,10 +101,13 @@ cdef class Segment:
         return f"Segment(addr={self.addr_:#x}, length={self.length:#x})"
 
 
-cdef inline Segment new_segment(const dma_seg *s):
+cdef Segment new_segment(dma_device *dev, const dma_seg *s):
     cdef Segment out = Segment.__new__(Segment)
+    cdef dma_keys keys
     out.addr_ = s.addr.v
     out.length = s.len
+    if dma_keys_of(dev, s.addr, s.len, &keys) == 0:
+        out.lkey, out.rkey = keys.lkey, keys.rkey
     return out
 
 
@@ -202,7 +206,7 @@ cdef class Device:
             memory.watchers.add(self)
             self.refresh_peers()
         self.backend.attach(&self.c)
-        if isinstance(self.backend, PythonBackend) and hasattr(backend, "attach"):
+        if hasattr(backend, "attach"):
             backend.attach(self)
 
     cdef _limits(self):
@@ -322,7 +326,7 @@ cdef class Device:
 
     def fresh(self, **changes):
         """A device of the same kind on a fresh Iommu and pool of the same kind: nothing mapped, nothing cached."""
-        return Device(**{"iommu": None if self.iommu is None else self.iommu.copy(), "memory": self.memory,
+        return Device(**{"backend": self.backend.fresh(), "iommu": None if self.iommu is None else self.iommu.copy(), "memory": self.memory,
                          "swiotlb": None if self.swiotlb is None else self.swiotlb.fresh(), "pci": self.pci,
                          "xen": self.xen, "grants": None if self.grants is None else self.grants.fresh(),
                          **self.config_, **changes})
@@ -562,7 +566,7 @@ cdef class Device:
                 rc = self.c.ops.map_sg(&self.c, request.vecs_, request.nr, d, a, out)
             if rc < 0:
                 raise rules.refusal(self, request, -rc, 0)
-            mapped = SgList(new_segment(&out[i]) for i in range(rc))
+            mapped = SgList([new_segment(&self.c, &out[i]) for i in range(rc)])
             mapped.dir = DIRECTIONS[<int>d]
             return mapped
         finally:
@@ -772,7 +776,7 @@ cdef class Mapping:
         rc = map_next(&self.device.c, &self.st, &self.it, &s)
         self.layout_ = self.st.layout
         if rc > 0:
-            out = new_segment(&s)
+            out = new_segment(&self.device.c, &s)
             self.segments_.append(out)
             return out
         if rc < 0:

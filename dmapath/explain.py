@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Explanation"]
 
 _ADDRESSES = {"direct": "Physical addresses as they are", "xen": "Machine addresses as they are",
-              "grant": "Grant references, bit 63 set"}  # fmt: skip
+              "grant": "Grant references, bit 63 set", "verbs": "Addresses in the arena's one region"}  # fmt: skip
 
 
 @dataclass
@@ -92,7 +92,7 @@ def _covered(runs: list[tuple[int, int]]) -> int:
 
 def explain(device: Device, request: Mappable, policy: str) -> Explanation:
     """Map the request on a fresh device of the same kind, look, and unmap it."""
-    if device.backend.name not in ("direct", "iommu", "xen", "grant"):
+    if device.backend.name not in ("direct", "iommu", "xen", "grant") and not device.backend.can_be_fresh:
         raise NotSupportedError(f"explain needs a fresh IOVA space, and the back end {device.backend.name!r} gives none",
                                 argument="device", value=device)
     trial = device.fresh()
@@ -131,6 +131,10 @@ def explain(device: Device, request: Mappable, policy: str) -> Explanation:
         asked = [(int(p), n) for p, n in request.wanted]
         pages = [(p & ~4095, (p + n + 4095 & ~4095) - (p & ~4095)) for p, n in asked]
         out.exposed_bytes = _covered(pages) - _covered(asked)
+    elif out.backend == "verbs":
+        counters = trial.counters()
+        out.iova_allocs, out.iova_bytes = counters["iova_allocs"], counters["iova_bytes"]
+        out.exposed_bytes = max(0, counters["registered_bytes"] - _covered([(int(p), n) for p, n in request.wanted]))
     else:
         out.exposed_bytes = None
     counters = trial.counters()
@@ -146,8 +150,8 @@ def _after(device: Device, out: Explanation, *, two_step: bool) -> list[str]:
         return []
     if out.exposed_bytes is None:
         return ["see-all"]
-    if out.backend == "grant":
-        return ["granted", *(["exposure"] if out.exposed_bytes else [])]
+    if out.backend in ("grant", "verbs"):
+        return ["granted" if out.backend == "grant" else "registered", *(["exposure"] if out.exposed_bytes else [])]
     flush = "flush-now" if two_step else "flush-queue" if device.backend.mode == "lazy" else "flush-strict"
     return [flush, *(["exposure"] if out.exposed_bytes else [])]
 
@@ -176,6 +180,8 @@ def _because(name: str, device: Device, request: Mappable, out: Explanation) -> 
         return f"{text}: {request.gap_mask:#x} & {granule - 1:#x}"
     if name == "bounce-needed":
         return f"{text}: {sum(n for _, _, n in out.bounced)} bytes in {len(out.bounced)} parts"
+    if name == "registered":
+        return f"{text}: {device.counters()['registrations']} of them"
     if name == "exposure":
         return f"{text}: {out.exposed_bytes} bytes"
     if name == "segment-cut":

@@ -46,7 +46,8 @@ RULES: dict[str, Rule] = {
                     "there is no IOMMU in the path, so no IOVA range can hold the request"),
     "no-gap": Rule("blk_can_dma_map_iova", "no gap inside a granule (request gap mask & merge boundary is 0)"),
     "gap": Rule("blk_can_dma_map_iova", "the request has a gap inside a granule, so Linux maps range by range"),
-    "iova-full": Rule("alloc_iova_fast", "no IOVA range of that size is free under the device's mask"),
+    "iova-full": Rule("alloc_iova_fast", "no IOVA range can hold it: none of that size is free under the device's mask, or the back end gives none"),
+    "separate": Rule("dmapath iova_link (EXDEV)", "part of the memory cannot lie beside other memory: mapped range by range"),
     "fits": Rule("dma_iova_link (granule rule)",
                  "every range but the first begins, and every one but the last ends, on a granule"),
     "gapped": Rule("dmapath layout gapped",
@@ -87,6 +88,7 @@ RULES: dict[str, Rule] = {
                         "unmaps are queued: 256 of them or 10 ms share one full flush, and stale entries live till then"),
     "exposure": Rule("iommu_map (granule)", "whole pages are mapped: the device also sees bytes around the ranges"),
     "granted": Rule("xen_grant_dma_map_phys", "the other domain sees the pages that are granted, and nothing else"),
+    "registered": Rule("ibv_reg_mr, ibv_dereg_mr", "the device reaches what is registered, by its keys, until they are taken back"),
     "see-all": Rule("dma_direct_map_phys", "without an IOMMU the device can reach all memory under its mask"),
 }
 
@@ -148,7 +150,7 @@ def refusal(device: Device, request: Mappable, errno: int, bits: int) -> DmaErro
     bounce = _first_bounce(device, request)
     if bounce is not None and errno in (_errno.ENOMEM, _errno.EPERM, _errno.EIO):
         return error_for(errno, _bounce_text(device, errno), "request", request)
-    if bits & RULE_BITS["link-failed"]:
+    if bits & RULE_BITS["link-failed"] and device.backend.why(errno) is None:
         return error_for(errno, f"{RULES['link-failed'].text} [dma_iova_link]", "request", request)
     return error_for(errno, map_refusal(device, errno, 0, 0, 0), "request", request)
 
@@ -176,6 +178,9 @@ _GRANTS = {
 
 def map_refusal(device: Device, errno: int, phys: int, size: int, attrs: int) -> str:
     """Why map_phys gave no address, in words."""
+    own = device.backend.why(errno)
+    if own is not None:
+        return str(own)
     if errno == _errno.EOPNOTSUPP and device.backend.name != "grant":
         return "memory that must be coherent, on a device that is not [dma_map_phys, REQUIRE_COHERENT]"
     if errno == _errno.EFAULT:
@@ -199,6 +204,9 @@ def map_refusal(device: Device, errno: int, phys: int, size: int, attrs: int) ->
 
 def link_refusal(device: Device, errno: int, *, phys: int, offset: int, size: int, state_size: int) -> DmaError:
     """The exception for a refused dma_iova_link, naming the argument."""
+    own = device.backend.why(errno)
+    if own is not None:
+        return error_for(errno, str(own), "phys", phys)
     granule = device.merge_boundary + 1
     inside = phys % granule if granule > 1 else 0
     if granule == 1:

@@ -6,7 +6,7 @@ It knows ops tables and physical vectors, no memory kind and no particular backe
 choose).
 """
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport EINVAL, ENOMEM, EREMOTEIO
+from libc.errno cimport EINVAL, ENOMEM, EREMOTEIO, EXDEV
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
@@ -52,6 +52,7 @@ cdef enum:
     R_P2P_HOST = 1 << 18
     R_P2P_REFUSED = 1 << 19
     R_P2P_MIX = 1 << 20
+    R_SEPARATE = 1 << 21
 
 RULE_BITS = {
     "empty": R_EMPTY, "no-iova": R_NO_IOVA, "no-gap": R_NO_GAP, "gap": R_GAP, "iova-full": R_IOVA_FULL,
@@ -59,7 +60,7 @@ RULE_BITS = {
     "alignment": R_ALIGNMENT, "virt-boundary": R_VIRT_BOUNDARY, "max-segments": R_MAX_SEGMENTS,
     "segment-cut": R_SEGMENT_CUT, "link-failed": R_LINK_FAILED, "map-failed": R_MAP_FAILED, "forget": R_FORGET,
     "bounced": R_BOUNCED, "p2p-bus": R_P2P_BUS, "p2p-host-bridge": R_P2P_HOST, "p2p-refused": R_P2P_REFUSED,
-    "p2p-mix": R_P2P_MIX,
+    "p2p-mix": R_P2P_MIX, "separate": R_SEPARATE,
 }
 
 
@@ -197,13 +198,18 @@ cdef int link_all(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gap
 
 # 1: one IOVA range holds the request; 0: the backend gives none; < 0: failed
 cdef int map_in_one(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gapped, uint64_t size) noexcept nogil:
-    cdef phys_addr_t first = it.window[0].paddr if not gapped else phys_addr(0)
+    cdef phys_addr_t first = it.window[0].paddr
     cdef int rc
+    if gapped:
+        first = phys_addr(first.v & ~it.granule_mask)
     if not dev.ops.iova_try_alloc(dev, &st.iova, first, size):
         st.rules |= R_IOVA_FULL
         return 0
     st.layout = DMA_LAYOUT_GAPPED if gapped else DMA_LAYOUT_LINEAR
     rc = link_all(dev, st, it, gapped, size)
+    if rc == -EXDEV:
+        st.rules = st.rules & ~<uint64_t>R_LINK_FAILED | R_SEPARATE
+        return 0
     if rc:
         return rc
     it.next = st.iova.addr.v
@@ -540,14 +546,18 @@ cdef int map_start(dma_device *dev, const dma_request *rq, dma_policy policy, dm
 # ---- next, unmap --------------------------------------------------------------------------------------------------
 
 # the vector the window stands at, or NULL after the last
-cdef inline const phys_vec *window_next(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
-    cdef uint32_t at = it.at
-    if at == it.have:
+cdef inline const phys_vec *window_peek(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
+    if it.at == it.have:
         if it.whole or window_load(it, lim) == 0:
             return NULL
-        at = 0
-    it.at = at + 1
-    return &it.window[at]
+    return &it.window[it.at]
+
+
+cdef inline const phys_vec *window_next(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
+    cdef const phys_vec *v = window_peek(it, lim)
+    if v != NULL:
+        it.at += 1
+    return v
 
 
 cdef inline int next_linear(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
@@ -571,7 +581,20 @@ cdef inline int next_linear(dma_device *dev, dma_map_state *st, dma_map_iter *it
 
 cdef inline int next_gapped(dma_device *dev, dma_map_iter *it, dma_seg *seg) noexcept nogil:
     cdef const phys_vec *v = window_next(it, &dev.limits)
-    return 0 if v == NULL else take_granules(it, v, seg)
+    cdef uint64_t mask = dev.limits.seg_boundary_mask
+    if v == NULL:
+        return 0
+    take_granules(it, v, seg)
+    # vectors that meet on a granule lie side by side now: one segment, where the device takes it
+    while (seg.addr.v + seg.len) & it.granule_mask == 0:
+        v = window_peek(it, &dev.limits)
+        if (v == NULL or v.paddr.v & it.granule_mask or seg.len + v.len > dev.limits.max_segment_size
+                or (seg.addr.v & mask) + seg.len + v.len - 1 > mask):
+            break
+        seg.len += v.len
+        it.next += (v.len + it.granule_mask) & ~it.granule_mask
+        it.at += 1
+    return 1
 
 
 # the segment of a vector that has granules of its own

@@ -373,7 +373,10 @@ class Device:
         for p, n in vecs:
             span = up(n + off(p))
             links.append((at, p - off(p), span))
-            segments.append((at + off(p), n))
+            if segments and sum(segments[-1]) == at + off(p):  # they meet on a granule
+                segments[-1] = (segments[-1][0], segments[-1][1] + n)
+            else:
+                segments.append((at + off(p), n))
             at += span
         try:
             self._map(*links)

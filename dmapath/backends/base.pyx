@@ -28,6 +28,9 @@ cdef class Backend:
 
     name = "none"
 
+    #: Whether ``fresh`` gives one.
+    can_be_fresh = False
+
     cdef int attach(self, dma_device *dev) except -1:
         raise NotImplementedError
 
@@ -37,6 +40,14 @@ cdef class Backend:
 
     cdef void unmap_coherent(self, dma_device *dev, dma_addr_t addr, uint64_t size) noexcept:
         dev.ops.unmap_phys(dev, addr, size, DMA_BIDIRECTIONAL, DMA_ATTR_SKIP_CPU_SYNC)
+
+    def why(self, errno):
+        """Why the last call failed with this errno, where the back end knows better than ``dmapath.rules``; else None."""
+        return None
+
+    def fresh(self):
+        """What to give a new Device as its ``backend`` for the same kind of back end with nothing mapped; None: no such."""
+        return None
 
     def counters(self):
         """Exact counts since the device was made, by the names in COUNTERS."""
@@ -70,6 +81,10 @@ cdef class CapsuleBackend(Backend):
     def name(self):
         return self.ops.name.decode()
 
+    @property
+    def can_be_fresh(self):
+        return hasattr(self.owner, "fresh")
+
     cdef int attach(self, dma_device *dev) except -1:
         dev.ops = &self.ops
         dev.priv = PyCapsule_GetContext(self.capsule)
@@ -77,6 +92,16 @@ cdef class CapsuleBackend(Backend):
         if bus is not None:
             dev.bus = <const dma_bus_ops *>PyCapsule_GetPointer(bus, DMAPATH_BUS_CAPSULE)
         return 0
+
+    def why(self, errno):
+        """The owner's own ``why(errno)``."""
+        own = getattr(self.owner, "why", None)
+        return None if own is None else own(errno)
+
+    def fresh(self):
+        """The owner's own ``fresh()``."""
+        own = getattr(self.owner, "fresh", None)
+        return None if own is None else own()
 
     def counters(self):
         """The owner's own ``counters()``, over zeros for what it does not count."""

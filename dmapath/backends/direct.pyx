@@ -317,7 +317,7 @@ cdef class DirectBackend(Backend):
                        iova_link_gapped=NULL, iova_sync=NULL, iova_unlink=NULL, iova_free=NULL,
                        map_sg=direct_map_sg, unmap_sg=direct_unmap_sg, sync_for_cpu=direct_sync_for_cpu,
                        sync_for_device=direct_sync_for_device, merge_boundary=NULL, need_unmap=direct_need_unmap,
-                       is_bounced=direct_is_bounced)
+                       is_bounced=direct_is_bounced, keys_of=NULL)
         dma_ops_init(&self.ops, &mine)
         self.xen = xen
         if xen is not None:

@@ -238,7 +238,7 @@ cdef class GrantBackend(Backend):
                        unmap_phys=grant_unmap_phys, iova_try_alloc=NULL, iova_link=NULL, iova_link_vec=NULL,
                        iova_link_gapped=NULL, iova_sync=NULL, iova_unlink=NULL, iova_free=NULL, map_sg=grant_map_sg,
                        unmap_sg=grant_unmap_sg, sync_for_cpu=NULL, sync_for_device=NULL, merge_boundary=NULL,
-                       need_unmap=NULL, is_bounced=NULL)
+                       need_unmap=NULL, is_bounced=NULL, keys_of=NULL)
         dma_ops_init(&self.ops, &mine)
         self.table = table
 

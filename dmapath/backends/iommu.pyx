@@ -666,7 +666,7 @@ iommu_ops = dma_ops(
     iova_link_gapped=iommu_link_gapped, iova_sync=iommu_sync, iova_unlink=iommu_unlink, iova_free=iommu_free,
     map_sg=iommu_map_sg, unmap_sg=iommu_unmap_sg, sync_for_cpu=iommu_sync_for_cpu,
     sync_for_device=iommu_sync_for_device, merge_boundary=iommu_merge_boundary, need_unmap=NULL,
-    is_bounced=iommu_is_bounced)
+    is_bounced=iommu_is_bounced, keys_of=NULL)
 cdef dma_bus_ops iommu_bus
 iommu_bus.access = iommu_access
 

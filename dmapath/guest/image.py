@@ -137,7 +137,13 @@ b=/bin/busybox
 $b mount -t proc proc /proc; $b mount -t sysfs sys /sys; $b mount -t devtmpfs dev /dev
 load() { for m in $($b cat /m/$1.order); do $b insmod /m/$m.ko || echo "guest: cannot load $m" >/dev/console; done; }
 load base
-for p in /sys/class/virtio-ports/*; do $b ln -s /dev/${p##*/} /dev/$($b cat $p/name); done
+# the ports' names come after the ports
+n=0; until [ -e /dev/out ] && [ -e /dev/err ] && [ -e /dev/status ] || [ $n = 200 ]; do
+    for p in /sys/class/virtio-ports/*; do
+        name=$($b cat $p/name 2>/dev/null); [ -n "$name" ] && [ ! -e /dev/$name ] && $b ln -s /dev/${p##*/} /dev/$name
+    done
+    n=$((n + 1)); [ -e /dev/status ] || $b usleep 50000
+done
 . /job/settings
 echo booted >/dev/status
 share="trans=virtio,version=9p2000.L,msize=512000"

@@ -48,6 +48,13 @@ def is_pyverbs(obj):
     return any(k.__module__.startswith("pyverbs.") for k in type(obj).__mro__)
 
 
+def pyverbs_mr(pd, address, length, access):
+    """A pyverbs MR over memory of this process, registered by pyverbs in a PD of its own."""
+    if pd is None:
+        raise NotSupportedError("a protection domain that is pyverbs' own is wanted: Pd(your_pyverbs_pd)", argument="pd", value=pd)
+    return type_of("mr")(pd, length, access, address=address)
+
+
 cdef type_of(str kind):
     if kind not in _types:
         import importlib

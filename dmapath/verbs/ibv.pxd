@@ -210,11 +210,16 @@ cdef extern from *:
                                uint64_t len, unsigned access)
     { w->bind_mw.mw = mw; w->bind_mw.rkey = rkey; w->bind_mw.bind_info.mr = mr; w->bind_mw.bind_info.addr = addr;
       w->bind_mw.bind_info.length = len; w->bind_mw.bind_info.mw_access_flags = access; }
+    static inline uint64_t wr_remote_addr(const struct ibv_send_wr *w) { return w->wr.rdma.remote_addr; }
+    static inline uint32_t wr_rkey(const struct ibv_send_wr *w)
+    { return w->opcode == IBV_WR_ATOMIC_CMP_AND_SWP || w->opcode == IBV_WR_ATOMIC_FETCH_AND_ADD ? w->wr.atomic.rkey : w->wr.rdma.rkey; }
     static inline void wr_imm(struct ibv_send_wr *w, uint32_t imm) { w->imm_data = htobe32(imm); }
     static inline uint32_t wc_imm(const struct ibv_wc *w) { return be32toh(w->imm_data); }
     """
     void wr_remote(ibv_send_wr *, uint64_t, uint32_t) noexcept nogil
     void wr_atomic(ibv_send_wr *, uint64_t, uint32_t, uint64_t, uint64_t) noexcept nogil
     void wr_bind(ibv_send_wr *, ibv_mw *, uint32_t, ibv_mr *, uint64_t, uint64_t, unsigned int) noexcept nogil
+    uint64_t wr_remote_addr(const ibv_send_wr *) noexcept nogil
+    uint32_t wr_rkey(const ibv_send_wr *) noexcept nogil
     void wr_imm(ibv_send_wr *, uint32_t) noexcept nogil
     uint32_t wc_imm(const ibv_wc *) noexcept nogil

@@ -48,6 +48,9 @@ enum dma_data_direction { DMA_BIDIRECTIONAL = 0, DMA_TO_DEVICE = 1, DMA_FROM_DEV
 
 struct phys_vec { phys_addr_t paddr; uint64_t len; };
 struct dma_seg { dma_addr_t addr; uint64_t len; };
+/* What some hardware wants to be told beside an address: the key of the registration it lies in, for the device's own work
+ * requests and for a remote side's. 0 where addresses suffice. */
+struct dma_keys { uint32_t lkey, rkey; };
 
 /* The two-step API's state: owned by the caller, 16 bytes, no allocation behind it. */
 struct dma_iova_state { dma_addr_t addr; uint64_t __size; };
@@ -154,6 +157,7 @@ struct dma_ops {
 
     /* 1: a range of IOVA is reserved and the state filled; 0: use map_phys (state zeroed) */
     int (*iova_try_alloc)(struct dma_device *, struct dma_iova_state *, phys_addr_t, uint64_t size);
+    /* -EXDEV from this or its two kin: the memory cannot lie beside other memory here; the wrapper then maps range by range */
     int (*iova_link)(struct dma_device *, struct dma_iova_state *, phys_addr_t, uint64_t offset, uint64_t size,
                      enum dma_data_direction, unsigned long attrs);
     /* n links side by side from byte `offset` on, in one walk; all or nothing */
@@ -178,6 +182,8 @@ struct dma_ops {
     uint64_t (*merge_boundary)(struct dma_device *); /* granule - 1, or 0 where ranges never join */
     int (*need_unmap)(struct dma_device *);          /* 0: the caller may forget its addresses */
     int (*is_bounced)(struct dma_device *, dma_addr_t); /* 1: the address is that of a bounce buffer */
+    /* keys of [addr, addr + size) of a live mapping; -ENOENT: it is none, or not within one registration */
+    int (*keys_of)(struct dma_device *, dma_addr_t, uint64_t size, struct dma_keys *);
 };
 
 /* Why a device's access failed. */
@@ -229,6 +235,8 @@ static inline int dma_iova_destroy(struct dma_device *d, struct dma_iova_state *
     return rc ? rc : rc2;
 }
 static inline uint64_t dma_get_merge_boundary(struct dma_device *d) { return d->ops->merge_boundary(d); }
+static inline int dma_keys_of(struct dma_device *d, dma_addr_t a, uint64_t size, struct dma_keys *out)
+{ return d->ops->keys_of(d, a, size, out); }
 
 /* ---- generic forms, for members that a backend leaves NULL ------------------------------------------------------- */
 
@@ -303,6 +311,8 @@ static inline int dma_generic_map_sg(struct dma_device *d, const struct phys_vec
 static inline int dma_generic_no_cpu_sync(struct dma_device *d, dma_addr_t a, uint64_t n, enum dma_data_direction dir)
 { (void)d; (void)a; (void)n; (void)dir; return 0; }
 static inline uint64_t dma_generic_no_boundary(struct dma_device *d) { (void)d; return 0; }
+static inline int dma_generic_no_keys(struct dma_device *d, dma_addr_t a, uint64_t n, struct dma_keys *out)
+{ (void)d; (void)a; (void)n; out->lkey = out->rkey = 0; return 0; }
 static inline int dma_generic_not_bounced(struct dma_device *d, dma_addr_t a) { (void)d; (void)a; return 0; }
 static inline int dma_generic_need_unmap(struct dma_device *d) { (void)d; return 1; }
 
@@ -329,6 +339,7 @@ static inline int dma_ops_init(struct dma_ops *dst, const struct dma_ops *src)
     if (!dst->merge_boundary) dst->merge_boundary = dma_generic_no_boundary;
     if (!dst->need_unmap) dst->need_unmap = dma_generic_need_unmap;
     if (!dst->is_bounced) dst->is_bounced = dma_generic_not_bounced;
+    if (!dst->keys_of) dst->keys_of = dma_generic_no_keys;
     return 0;
 }
 

@@ -2,28 +2,9 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from dmapath.verbs.ibv cimport (
-    ibv_context, ibv_cq, ibv_mr, ibv_mw, ibv_pd, ibv_qp, ibv_recv_wr, ibv_send_wr, ibv_sge, ibv_wc, ibv_wr_opcode,
+    ibv_cq, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr, ibv_send_wr, ibv_sge, ibv_wc, ibv_wr_opcode,
 )
-
-
-cdef class Context:
-    cdef ibv_context *c
-    cdef object owner
-    cdef readonly dict attr
-    cdef readonly int port
-    cdef readonly dict verified
-    cdef bint open_
-    cdef ibv_context *ptr(self) except NULL
-    cdef object __weakref__
-
-
-cdef class Pd:
-    cdef ibv_pd *c
-    cdef object owner
-    cdef readonly Context context
-    cdef object qps
-    cdef ibv_pd *ptr(self) except NULL
-    cdef object __weakref__
+from dmapath.verbs.resources cimport Context, Pd
 
 
 cdef class Cq:
@@ -32,32 +13,13 @@ cdef class Cq:
     cdef readonly Context context
     cdef readonly int cqe
     cdef ibv_wc *wc
-    cdef dict qps
-    cdef Qp last
+    cdef dict qps      # number -> weak reference
+    cdef Qp last       # of the completion before, most often of the next one too
     cdef ibv_cq *ptr(self) except NULL
-    cdef object __weakref__
     cdef int fetch(self, ibv_cq *cq, int n, double timeout) except -1
     cdef Qp owner_of(self, uint32_t qp_num)
-
-
-cdef class Mr:
-    cdef ibv_mr *c
-    cdef object owner, memory, pid
-    cdef Py_buffer view
-    cdef bint held
-    cdef readonly Pd pd
-    cdef readonly size_t offset
-    cdef list windows
-    cdef ibv_mr *ptr(self) except NULL
-
-
-cdef class Mw:
-    cdef ibv_mw *c
-    cdef readonly Pd pd
-    cdef readonly int kind
-    cdef readonly uint32_t rkey
-    cdef readonly object bound
-    cdef ibv_mw *ptr(self) except NULL
+    cdef int check_room(self, long n) except -1
+    cdef int dispatch(self, double timeout) except -1
 
 
 cdef class Batch:
@@ -74,19 +36,26 @@ cdef class Qp:
     cdef object owner
     cdef readonly Pd pd
     cdef readonly Cq send_cq, recv_cq
+    cdef bint own_cq
     cdef readonly uint32_t depth, recv_depth, max_sge, max_inline
+    # rings: what is outstanding stands where it was built until it completes
     cdef ibv_send_wr *wr
     cdef ibv_sge *sge
-    cdef uint64_t *request
+    cdef uint64_t *request   # sequence number of the first work request of each one's request
     cdef ibv_recv_wr *rwr
     cdef ibv_sge *rsge
     cdef uint64_t head, tail, rhead, rtail
-    cdef readonly object remote
-    cdef dict connect_how
-    cdef readonly object info
-    cdef dict failed
+    cdef readonly object remote, info
+    cdef dict how            # of the last connect
+    cdef dict failures       # first sequence number of a request -> its failed Completion
+    cdef object arrivals     # Completions of receives that somebody else's wait met
     cdef ibv_qp *ptr(self) except NULL
     cdef object __weakref__
+    cdef _adopt(self, of, Cq cq, Cq recv_cq, ibv_qp_init_attr *init)
+    cdef _modify(self, ibv_qp_attr *attr, ibv_qp_state state, int mask)
+    cdef _init(self, unsigned int access)
+    cdef _ready_to_receive(self, mtu, min_rnr_timer)
+    cdef _ready_to_send(self, timeout, retry_cnt, rnr_retry)
     cdef int room(self, uint64_t n) except -1
     cdef ibv_send_wr *take(self, ibv_wr_opcode opcode, uint64_t first) noexcept nogil
     cdef int submit(self, ibv_qp *qp, uint64_t first) except -1

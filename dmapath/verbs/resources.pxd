@@ -1,0 +1,48 @@
+# cython: language_level=3
+from libc.stdint cimport uint32_t
+
+from dmapath.verbs.ibv cimport ibv_context, ibv_mr, ibv_mw, ibv_pd
+
+cdef failed(str call, int code, str argument=*, value=*, str more=*)
+
+
+cdef class Context:
+    cdef ibv_context *c
+    cdef object owner
+    cdef unsigned long born
+    cdef readonly dict attr, verified
+    cdef readonly int port
+    cdef int children  # protection domains and completion queues that were made in it
+    cdef bint alive(self) noexcept
+    cdef ibv_context *ptr(self) except NULL
+    cdef object __weakref__
+
+
+cdef class Pd:
+    cdef ibv_pd *c
+    cdef object owner
+    cdef readonly Context context
+    cdef readonly object qps  # the queue pairs made in it: who may name its regions in outstanding work
+    cdef ibv_pd *ptr(self) except NULL
+    cdef object __weakref__
+
+
+cdef class Mr:
+    cdef ibv_mr *c
+    cdef object owner, memory
+    cdef Py_buffer view
+    cdef bint held
+    cdef readonly Pd pd
+    cdef readonly unsigned int access
+    cdef list windows
+    cdef ibv_mr *ptr(self) except NULL
+
+
+cdef class Mw:
+    cdef ibv_mw *c
+    cdef readonly Pd pd
+    cdef readonly int kind
+    cdef public uint32_t rkey
+    cdef public object bound
+    cdef ibv_mw *ptr(self) except NULL
+    cdef object __weakref__
