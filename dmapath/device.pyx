@@ -429,6 +429,10 @@ cdef class Device:
 
         return explain(self, request, policy)
 
+    # the exception for a negative return code: the back end's own words, where it has some
+    def _failed(self, rc, words, argument, value):
+        return error_for(-rc, self.backend.why(-rc) or words, argument, value)
+
     # ---- the two steps --------------------------------------------------------------------------------------------
 
     cdef IovaState _own(self, state):
@@ -478,7 +482,7 @@ cdef class Device:
         with nogil:
             rc = dma_iova_sync(&self.c, &st.c, at, n)
         if rc:
-            raise error_for(-rc, "the back end could not sync (dma_iova_sync)", "state", st)
+            raise self._failed(rc, "the back end could not sync (dma_iova_sync)", "state", st)
 
     cdef _inside(self, IovaState st, uint64_t offset, uint64_t size):
         if size > dma_iova_size(&st.c) or offset > dma_iova_size(&st.c) - size:
@@ -494,8 +498,8 @@ cdef class Device:
         with nogil:
             rc = dma_iova_unlink(&self.c, &st.c, at, n, d, a)
         if rc:
-            raise error_for(-rc, "not all of the range was linked (dma_iova_unlink)" if rc == -2 else
-                            f"offset + size within the state's {st.size} bytes", "size", n)
+            raise self._failed(rc, "not all of the range was linked (dma_iova_unlink)" if rc == -2 else
+                               f"offset + size within the state's {st.size} bytes", "size", n)
 
     def iova_free(self, state):
         """Give the IOVA back (dma_iova_free). Everything must have been unlinked."""
@@ -505,7 +509,7 @@ cdef class Device:
         with nogil:
             rc = dma_iova_free(&self.c, &st.c)
         if rc:
-            raise error_for(-rc, "the back end could not free (dma_iova_free)", "state", st)
+            raise self._failed(rc, "the back end could not free (dma_iova_free)", "state", st)
 
     def iova_destroy(self, state, mapped, dir="bidirectional", attrs=0):
         """Unlink the first ``mapped`` bytes (0: none were linked) and free the state (dma_iova_destroy)."""
@@ -520,7 +524,7 @@ cdef class Device:
         with nogil:
             rc = dma_iova_destroy(&self.c, &st.c, n, d, a)
         if rc:
-            raise error_for(-rc, "not all of the first `mapped` bytes were linked (dma_iova_destroy)", "mapped", n)
+            raise self._failed(rc, "not all of the first `mapped` bytes were linked (dma_iova_destroy)", "mapped", n)
 
     # ---- the classic calls ----------------------------------------------------------------------------------------
 
@@ -548,7 +552,7 @@ cdef class Device:
         with nogil:
             rc = self.c.ops.unmap_phys(&self.c, dma_addr(at), n, d, a)
         if rc:
-            raise error_for(-rc, "not mapped (dma_unmap_phys)", "addr", at)
+            raise self._failed(rc, "not mapped (dma_unmap_phys)", "addr", at)
 
     def map_sg(self, Mappable request not None, dir=None, attrs=0):
         """Map a list with partial coalescing (dma_map_sgtable): list of Segments, no longer than the list.
@@ -593,7 +597,7 @@ cdef class Device:
         finally:
             free(list_)
         if rc:
-            raise error_for(-rc, "not mapped (dma_unmap_sg)", "segments", segments)
+            raise self._failed(rc, "not mapped (dma_unmap_sg)", "segments", segments)
 
     def alloc_coherent(self, size):
         """Memory for rings and descriptors that the CPU and the device see alike without syncs (dma_alloc_coherent).
@@ -846,7 +850,7 @@ cdef class Mapping:
         with nogil:
             rc = unmap(&self.device.c, &self.st)
         if rc:
-            raise error_for(-rc, "part of it was not mapped any more (dma_iova_destroy)", "self", self)
+            raise self.device._failed(rc, "part of it was not mapped any more (dma_iova_destroy)", "self", self)
 
     def __enter__(self):
         return self

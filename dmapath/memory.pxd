@@ -10,6 +10,7 @@ cdef class PhysMemory:
     cdef readonly int fd
     cdef readonly size_t size
     cdef readonly size_t page_size
+    cdef readonly size_t backing_page
     cdef readonly str layout
     cdef object frames_
     cdef uint64_t next_synthetic

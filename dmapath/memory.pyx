@@ -31,6 +31,14 @@ cdef extern from "<sys/mman.h>" nogil:
     void *MAP_FAILED
     int PROT_READ, PROT_WRITE, MAP_SHARED
 
+cdef extern from "<fcntl.h>" nogil:
+    int fallocate(int, int, long, long)
+
+cdef extern from "<linux/falloc.h>" nogil:
+    enum:
+        FALLOC_FL_PUNCH_HOLE
+        FALLOC_FL_KEEP_SIZE
+
 PAGE = 4096
 _LAYOUTS = ("contiguous", "scattered", "huge")
 _REFUSALS = {-EEXIST: "the frame is taken", -ERANGE: "page aligned and below 2**52"}
@@ -66,26 +74,35 @@ cdef class PhysMemory:
         Lowest physical address of the arena.
     seed : int
         Of the order; the same seed gives the same layout.
+    backing : "4k" or "2m"
+        Pages of this machine's that really hold the arena. 2 MiB ones come from the pool of huge pages
+        (/proc/sys/vm/nr_hugepages): NoMemoryError where it has too few.
     """
 
-    def __cinit__(self, size=1 << 24, *, layout="contiguous", base=1 << 32, seed=0):
+    def __cinit__(self, size=1 << 24, *, layout="contiguous", base=1 << 32, seed=0, backing="4k"):
         if layout not in _LAYOUTS:
             raise DmaValueError("contiguous, scattered or huge", argument="layout", value=layout)
+        if backing not in ("4k", "2m") or (backing == "2m" and layout == "scattered"):
+            raise DmaValueError("4k, or 2m with pages that lie whole (layout contiguous or huge)", argument="backing",
+                                value=backing)
         self.fd = -1
         self.page_size = 1 << 21 if layout == "huge" else PAGE
-        self.size = (as_length(size) + self.page_size - 1) & ~(<size_t>self.page_size - 1)
+        self.backing_page = 1 << 21 if backing == "2m" else PAGE
+        cdef size_t unit = max(self.page_size, self.backing_page)
+        self.size = (as_length(size) + unit - 1) & ~(unit - 1)
         self.layout = layout
         base = as_phys(base, "base")
-        if base & (self.page_size - 1) or base + 4 * self.size > 1 << 51:
-            raise DmaValueError(f"a multiple of {self.page_size}, below 2**51", argument="base", value=base)
+        if base & (unit - 1) or base + 4 * self.size > 1 << 51:
+            raise DmaValueError(f"a multiple of {unit}, below 2**51", argument="base", value=base)
         self.mem = <phys_mem *>calloc(1, sizeof(phys_mem_full))
         if self.mem == NULL or phys_mem_init(self.mem):
             raise MemoryError("no memory for a physical memory map")
-        self.fd = os.memfd_create("dmapath", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("dmapath", os.MFD_CLOEXEC | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if backing == "2m" else 0))
         os.ftruncate(self.fd, self.size)
         cdef void *at = mmap(NULL, self.size, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
         if at == MAP_FAILED:
-            raise error_for(errno, "the arena cannot be mapped", "size", self.size)
+            raise error_for(errno, "the arena cannot be mapped" + ("" if backing == "4k" else ": too few free huge pages "
+                            "(sysctl vm.nr_hugepages)"), "size", self.size)
         self.arena = <char *>at
         self.next_synthetic = 1 << 50
         self.peers, self.tags, self.watchers, self.notifiers = [], [], weakref.WeakSet(), weakref.WeakSet()
@@ -234,6 +251,36 @@ cdef class PhysMemory:
             finally:
                 for notifier in told:
                     notifier.invalidate_end()
+
+    def discard(self, offset, length):
+        """Give whole pages of the arena back to the machine (fallocate with FALLOC_FL_PUNCH_HOLE; for a file that is mapped,
+        what MADV_REMOVE does). They read as zeros, on pages that are new.
+
+        Who holds registrations of them (a Verbs cache) or has them mapped by index (``OdpRegion``) is told before. A device that
+        still has them mapped goes on reading and writing the old pages.
+        """
+        offset, length = as_length(offset, "offset", least=0), as_length(length, "length")
+        unit = self.backing_page
+        if offset % unit or length % unit:
+            raise DmaValueError(f"whole pages of {unit} bytes", argument="offset" if offset % unit else "length",
+                                value=offset if offset % unit else length)
+        if offset + length > self.size:
+            raise DmaValueError(f"offset + length within {self.size} bytes", argument="length", value=length)
+        cdef long at = offset, n = length
+        cdef int rc = 0, code = 0
+        with self.moving:
+            told = list(self.notifiers)
+            for notifier in told:
+                notifier.invalidate_start(self, offset, length)
+            try:
+                with nogil:
+                    rc = fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, n)
+                    code = errno
+            finally:
+                for notifier in told:
+                    notifier.invalidate_end()
+        if rc:
+            raise error_for(code, "the pages cannot be given back (fallocate)", "length", length)
 
     def _move(self, size_t first, list fresh):
         cdef uint64_t frame

@@ -19,19 +19,21 @@ SRC = Path(os.environ.get("DMAPATH_SRC", HERE.parent))
 
 #: Layers from the bottom up; a module may use its own layer and those below. Nobody below knows a backend's insides.
 LAYERS = [
-    ["_version", "errors", "addr", "abi", "_core", "costs"],
-    ["request", "memory", "backends.base"],
+    ["_version", "errors", "addr", "abi", "_core", "costs", "verbs.ibv"],
+    ["request", "memory", "backends.base", "verbs.bridge", "guest.packages"],
     ["swiotlb", "pci", "xen", "tap"],
     ["backends.direct", "backends.iommu", "backends.grant", "backends.python", "bio", "mr", "wrapper"],
-    ["rules"],
-    ["device"],
-    ["explain", "engine", "_bench", "hmm", "debug", "observe", "adversary", "tracer", "prp"],
-    ["trace"],
+    ["rules", "verbs.resources", "guest.image"],
+    ["device", "verbs.queue", "guest.vm"],
+    ["explain", "engine", "_bench", "hmm", "debug", "observe", "adversary", "tracer", "prp",
+     "verbs.probe", "verbs.exchange"],
+    ["trace", "verbs.backend"],
     ["compare", "replay", "plot"],
     ["cli"],
 ]
-#: The one arrow that points up, taken at call time only: Device.explain builds its answer one layer above.
-ALLOWED = {("device", "explain")}
+#: Arrows that point up, taken at call time only: Device.explain builds its answer one layer above, and a region that wants
+#: on-demand paging is made only where the self-test passes.
+ALLOWED = {("device", "explain"), ("verbs.resources", "verbs.probe")}
 IMPORT = re.compile(r"^\s*(?:from (dmapath[\w.]*) c?import ([^#\n(]*)|c?import (dmapath[\w.]+))", re.M)
 
 

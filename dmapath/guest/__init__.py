@@ -1,7 +1,7 @@
 """A throw-away QEMU guest that shares this machine's files: soft-RoCE, an emulated IOMMU or NVMe, and the same Python."""
 
-from dmapath.guest.image import KERNELS, Kernel, find_kernel
-from dmapath.guest.packages import Progress, cache_dir, missing_packages, prepare
+from dmapath.guest.image import KERNELS, Kernel, find_kernel, prepare
+from dmapath.guest.packages import Progress, cache_dir, missing_packages
 from dmapath.guest.vm import GuestError, Result, run
 
 __all__ = [

@@ -13,14 +13,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dmapath.errors import DmaValueError, NotSupportedError
-from dmapath.guest.packages import cache_dir, find_tool, unpack
+from dmapath.guest.packages import Apt, Progress, cache_dir, check_room, find_tool, install, missing_packages, unpack
 
-__all__ = ["KERNELS", "MODULES", "Kernel", "archive", "build_kernel", "find_kernel", "initramfs"]
+__all__ = ["KERNELS", "MODULES", "Kernel", "archive", "build_kernel", "find_kernel", "initramfs", "prepare"]
 
-#: name -> (suite; "": the machine's own, patterns of the packages with vmlinuz and modules)
+
+
+class Source(NamedTuple):
+    """Where a kernel comes from: the suite ("": the machine's own), patterns of its packages' names, bytes that it takes while
+    it is fetched and unpacked.
+    """
+
+    suite: str
+    packages: tuple[str, ...]
+    room: int
+
+
 KERNELS = {
-    "6.1": ("", [r"linux-image-6\.1\.0-\d+-amd64"]),
-    "7.3": ("trixie-backports", [r"linux-binary-7\.3\.\d+\+deb13-amd64", r"linux-modules-7\.3\.\d+\+deb13-amd64"]),
+    "6.1": Source("bookworm", (r"linux-image-6\.1\.0-\d+-amd64",), 700 << 20),
+    "7.3": Source("trixie-backports", (r"linux-binary-7\.3\.\d+\+deb13-amd64", r"linux-modules-7\.3\.\d+\+deb13-amd64"), 900 << 20),
 }
 #: What each option of a guest loads, with whatever that depends on.
 MODULES = {
@@ -57,6 +68,23 @@ def build_kernel(name: str, debs: list[Path]) -> None:
         _keep_modules(folders[0], kept / "modules")
         shutil.rmtree(home / name, ignore_errors=True)
         kept.rename(home / name)
+
+
+def prepare(kernel: str, progress: Progress, *, rxe: bool = True) -> None:
+    """Fetch and cache whatever a guest with this kernel ("6.1" or "7.3") lacks; nothing where all is there."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    install(missing_packages(rxe=rxe), progress)
+    if kernel not in KERNELS or find_kernel(kernel, missing_ok=True) is not None:
+        return
+    check_room(cache_dir(), KERNELS[kernel].room)
+    how = KERNELS[kernel]
+    apt = Apt(how.suite)
+    apt.update(progress)
+    debs = apt.fetch([apt.newest(p) for p in how.packages], progress)
+    progress("unpacking", 0, 0)
+    build_kernel(kernel, debs)
+    for deb in debs:
+        deb.unlink()
 
 
 def _keep_modules(source: Path, into: Path) -> None:

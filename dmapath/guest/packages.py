@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dmapath.errors import DmaError, NotSupportedError
 
-__all__ = ["Progress", "cache_dir", "missing_packages", "prepare"]
+__all__ = ["Progress", "cache_dir", "missing_packages"]
 
 #: What is shown while something is fetched: (text, bytes so far, bytes in all).
 Progress = Callable[[str, int, int], None]
@@ -25,8 +25,6 @@ Progress = Callable[[str, int, int], None]
 #: Debian package -> what shows that it is there.
 GUEST_TOOLS = {"qemu-system-x86": "qemu-system-x86_64", "busybox-static": "busybox"}
 RXE_TOOLS = {"iproute2": "rdma", "ibverbs-providers": "/usr/lib/x86_64-linux-gnu/libibverbs", "rdma-core": "/etc/rdma"}
-#: Room for downloads and what is unpacked of them, per kernel.
-ROOM = {"6.1": 700 << 20, "7.3": 900 << 20}
 
 
 def cache_dir() -> Path:
@@ -128,18 +126,19 @@ def _hide_hosts(text: str) -> str:
 
 def _stanzas(text: str, suite: str) -> Iterator[str]:
     """A source in deb822 form for each Debian main archive that a sources file names, in another suite."""
-    for line in re.findall(r"^deb\s+(.*)$", text, re.M):
-        options, uri, _, components = re.fullmatch(r"(\[[^]]*\])?\s*(\S+)\s+(\S+)\s+(.*)", line.strip()).groups()  # type: ignore[union-attr]
-        if re.search(r"/debian/?$", uri):
-            key = re.search(r"signed-by=(\S+?)[\s\]]", options or "")
-            yield (f"Types: deb\nURIs: {uri}\nSuites: {suite}\nComponents: {components.split()[0]}"
-                   + (f"\nSigned-By: {key[1]}" if key else ""))  # fmt: skip
-    for stanza in re.split(r"\n\s*\n", text):
-        fields = dict(re.findall(r"^([\w-]+):[ \t]*(.*(?:\n[ \t].*)*)", stanza, re.M))
+
+    def stanza(uri: str, key: str | None) -> str:
+        signed = f"\nSigned-By: {key}" if key else ""
+        return f"Types: deb\nURIs: {uri}\nSuites: {suite}\nComponents: main{signed}"
+
+    for line in re.finditer(r"^deb\s+(?:\[([^]]*)\]\s*)?(\S+/debian/?)\s", text, re.M):
+        signed_by = re.search(r"signed-by=(\S+)", line[1] or "")
+        yield stanza(line[2], signed_by[1] if signed_by else None)
+    for part in re.split(r"\n\s*\n", text):
+        fields = dict(re.findall(r"^([\w-]+):[ \t]*(.*(?:\n[ \t].*)*)", part, re.M))
         uris = [u for u in fields.get("URIs", "").split() if re.search(r"/debian/?$", u)]
         if "deb" in fields.get("Types", "").split() and uris:
-            key = f"\nSigned-By: {fields['Signed-By']}" if "Signed-By" in fields else ""
-            yield f"Types: deb\nURIs: {uris[0]}\nSuites: {suite}\nComponents: main{key}"
+            yield stanza(uris[0], fields.get("Signed-By"))
 
 
 def unpack(deb: Path, into: Path) -> None:
@@ -175,22 +174,3 @@ def install(packages: list[str], progress: Progress) -> None:
         unpack(apt.fetch(packages, progress)[0], cache_dir() / "tools")
         return
     raise NotSupportedError(f"missing: {', '.join(packages)}. As root: apt-get install {' '.join(packages)}")
-
-
-def prepare(kernel: str, progress: Progress, *, rxe: bool = True) -> None:
-    """Fetch and cache whatever a guest with this kernel ("6.1" or "7.3") lacks; nothing where all is there."""
-    from dmapath.guest.image import KERNELS, build_kernel, find_kernel
-
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    install(missing_packages(rxe=rxe), progress)
-    if kernel not in KERNELS or find_kernel(kernel, missing_ok=True) is not None:
-        return
-    check_room(cache_dir(), ROOM[kernel])
-    suite, patterns = KERNELS[kernel]
-    apt = Apt(suite)
-    apt.update(progress)
-    debs = apt.fetch([apt.newest(p) for p in patterns], progress)
-    progress("unpacking", 0, 0)
-    build_kernel(kernel, debs)
-    for deb in debs:
-        deb.unlink()

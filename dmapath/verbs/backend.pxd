@@ -42,7 +42,7 @@ cdef struct verbs_priv:
     ibv_pd *pd
     phys_mem *mem
     char *arena
-    uint64_t arena_bytes
+    uint64_t arena_bytes, page  # bytes of the memfd's pages, which are what a window is made of
     int fd, mode
     unsigned int access, atomic
     bint by_direction

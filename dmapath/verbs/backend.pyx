@@ -15,6 +15,7 @@ first byte's own address, so that a device may use large pages where they are.
 import errno as _errno
 import threading
 
+cimport cython
 from cpython.pycapsule cimport PyCapsule_New, PyCapsule_SetContext
 from libc.errno cimport (
     EADDRINUSE, EBUSY, EFAULT, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, EOPNOTSUPP, ERANGE, EXDEV, errno,
@@ -57,7 +58,7 @@ cdef enum:
     CHUNKS = 4096
     BUCKETS = 1024
     LW = 1, RW = 2, RR = 4, RA = 8
-cdef uint64_t PAGE = 4096
+cdef uint64_t FRAME = 4096  # of physical memory
 cdef uint64_t LOW = (1 << 30) - 1
 cdef int SLOT_SHIFT = 40
 
@@ -334,10 +335,10 @@ cdef char *host_of(verbs_priv *p, uint64_t phys, uint64_t size, uint64_t *same) 
     cdef uint64_t n
     phys_mem_read_lock(p.mem)
     host = <char *>phys_mem_host(p.mem, phys)
-    n = PAGE - (phys & (PAGE - 1))
+    n = FRAME - (phys & (FRAME - 1))
     if host != NULL:
         while n < size and <char *>phys_mem_host(p.mem, phys + n) == host + n:
-            n += PAGE
+            n += FRAME
     phys_mem_read_unlock(p.mem)
     same[0] = n if n < size else size
     return host
@@ -350,7 +351,7 @@ cdef inline bint in_arena(verbs_priv *p, const char *host, uint64_t size) noexce
 # ---- ranges ---------------------------------------------------------------------------------------------------------
 
 cdef int new_range(verbs_priv *p, char *host, uint64_t size, unsigned int access, bint cached, slot **out) noexcept nogil:
-    cdef uint64_t pad = <uint64_t>host & (PAGE - 1), nbytes = (pad + size + PAGE - 1) & ~(PAGE - 1)
+    cdef uint64_t pad = <uint64_t>host & (p.page - 1), nbytes = (pad + size + p.page - 1) & ~(p.page - 1)
     cdef slot *s
     cdef int rc
     lock_acquire(&p.lk)
@@ -412,8 +413,8 @@ cdef void dissolve_all(verbs_priv *p, slot *s) noexcept nogil:
 
 
 cdef int cached_range(verbs_priv *p, char *host, uint64_t size, unsigned int access, slot **out) noexcept nogil:
-    cdef char *low = <char *>(<uint64_t>host & ~(PAGE - 1))
-    cdef char *high = <char *>((<uint64_t>host + size + PAGE - 1) & ~(PAGE - 1))
+    cdef char *low = <char *>(<uint64_t>host & ~(p.page - 1))
+    cdef char *high = <char *>((<uint64_t>host + size + p.page - 1) & ~(p.page - 1))
     cdef unsigned int wanted = access
     cdef slot *s
     cdef slot *gone
@@ -462,14 +463,14 @@ cdef slot *idle_window(verbs_priv *p, uint32_t page, uint64_t nbytes) noexcept n
 
 
 cdef slot *new_window(verbs_priv *p, char *like, uint64_t nbytes) noexcept nogil:
-    cdef uint64_t n = nbytes // PAGE
+    cdef uint64_t n = nbytes // p.page
     cdef uint32_t *pages = <uint32_t *>calloc(2 * n, sizeof(uint32_t))
     cdef slot *s
     if pages == NULL or fail_now(p):
         free(pages)
         return NULL
     lock_acquire(&p.lk)
-    s = take_slot(p, WINDOW, <char *>(<uint64_t>like & ~(PAGE - 1)), nbytes)
+    s = take_slot(p, WINDOW, <char *>(<uint64_t>like & ~(p.page - 1)), nbytes)
     lock_release(&p.lk)
     if s == NULL:
         free(pages)
@@ -481,23 +482,22 @@ cdef slot *new_window(verbs_priv *p, char *like, uint64_t nbytes) noexcept nogil
 
 
 cdef int link_pages(verbs_priv *p, slot *s, uint64_t phys, uint64_t at, uint64_t size) noexcept nogil:
-    cdef uint64_t i = at // PAGE, first = i, last = (at + size - 1) // PAGE
+    cdef uint64_t i = at // p.page, first = i, last = (at + size - 1) // p.page
     cdef char *host
     cdef int rc = 0
-    phys &= ~(PAGE - 1)
     phys_mem_read_lock(p.mem)
     while i <= last:
         host = <char *>phys_mem_host(p.mem, phys)
         if host == NULL:
             rc = -EFAULT
-        elif not in_arena(p, host, PAGE):
+        elif not in_arena(p, host, 1):
             rc = -EXDEV
         elif s.linked[i]:
             rc = -EADDRINUSE
         if rc:
             break
-        s.linked[i] = <uint32_t>((host - p.arena) // PAGE) + 1
-        phys += PAGE
+        s.linked[i] = <uint32_t>((host - p.arena) // p.page) + 1
+        phys = (phys & ~(p.page - 1)) + p.page
         i += 1
     phys_mem_read_unlock(p.mem)
     if rc:
@@ -514,20 +514,34 @@ cdef bint in_order(const slot *s, uint64_t first, uint64_t last) noexcept nogil:
     return s.linked[first] != 0
 
 
+# virtual memory that shows nothing yet, on a page of the memfd's size
+cdef char *reserve(verbs_priv *p, uint64_t nbytes) noexcept nogil:
+    cdef uint64_t extra = p.page - FRAME, over
+    cdef void *at = mmap(NULL, nbytes + extra, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    cdef char *start
+    if at == MAP_FAILED:
+        return NULL
+    add(&p.n.mmaps, 1)
+    start = <char *>((<uint64_t>at + extra) & ~(p.page - 1))
+    over = start - <char *>at
+    if over:
+        munmap(at, over)
+    if extra - over:
+        munmap(start + nbytes, extra - over)
+    return start
+
+
 # show the pages that are linked side by side: one mmap for those that follow each other in the arena
 cdef int place_pages(verbs_priv *p, slot *s, uint64_t first, uint64_t last) noexcept nogil:
     cdef uint64_t i = first, n
-    cdef void *at
     if s.there == NULL:
-        s.there = <uint32_t *>calloc(s.bytes // PAGE, sizeof(uint32_t))
+        s.there = <uint32_t *>calloc(s.bytes // p.page, sizeof(uint32_t))
         if s.there == NULL:
             return -ENOMEM
     if s.host == NULL:
-        at = mmap(NULL, s.bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        if at == MAP_FAILED:
+        s.host = reserve(p, s.bytes)
+        if s.host == NULL:
             return -ENOMEM
-        s.host = <char *>at
-        add(&p.n.mmaps, 1)
     while i <= last:
         if s.linked[i] == 0:
             return -EFAULT
@@ -537,8 +551,8 @@ cdef int place_pages(verbs_priv *p, slot *s, uint64_t first, uint64_t last) noex
         n = 1
         while i + n <= last and s.linked[i + n] == s.linked[i] + n and s.there[i + n] != s.linked[i + n]:
             n += 1
-        if mmap(s.host + i * PAGE, n * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, p.fd,
-                <long>((s.linked[i] - 1) * PAGE)) == MAP_FAILED:
+        if mmap(s.host + i * p.page, n * p.page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, p.fd,
+                <long>((s.linked[i] - 1) * p.page)) == MAP_FAILED:
             return -ENOMEM
         add(&p.n.mmaps, 1)
         memcpy(&s.there[i], &s.linked[i], n * sizeof(uint32_t))
@@ -555,9 +569,9 @@ cdef bint unchanged(slot *s, uint64_t first, uint64_t last) noexcept nogil:
     return True
 
 
-cdef bint window_holds(slot *s, uint64_t first, uint64_t last) noexcept nogil:
+cdef bint window_holds(verbs_priv *p, slot *s, uint64_t first, uint64_t last) noexcept nogil:
     cdef uint64_t i
-    for i in range(s.bytes // PAGE):
+    for i in range(s.bytes // p.page):
         if first <= s.held[i] <= last:
             return True
     return False
@@ -565,7 +579,7 @@ cdef bint window_holds(slot *s, uint64_t first, uint64_t last) noexcept nogil:
 
 # make [start, end) of a window one registration, unless it is in one already
 cdef int register_window(verbs_priv *p, slot *s, uint64_t start, uint64_t end) noexcept nogil:
-    cdef uint64_t first = (start - s.base) // PAGE, last = (end - 1 - s.base) // PAGE
+    cdef uint64_t first = (start - s.base) // p.page, last = (end - 1 - s.base) // p.page
     cdef char *host
     cdef int rc
     if reg_over(s, start, end) != NULL and unchanged(s, first, last):
@@ -574,17 +588,17 @@ cdef int register_window(verbs_priv *p, slot *s, uint64_t start, uint64_t end) n
         return 0
     if p.budget:
         add(&p.n.misses, 1)
-    rc = leave(p, s, s.base + first * PAGE, s.base + (last + 1) * PAGE)  # of what was cached here
+    rc = leave(p, s, s.base + first * p.page, s.base + (last + 1) * p.page)  # of what was cached here
     if rc:
         return rc
     if in_order(s, first, last):
-        host = p.arena + (s.linked[first] - 1) * PAGE
+        host = p.arena + (s.linked[first] - 1) * p.page
     else:
         rc = place_pages(p, s, first, last)
         if rc:
             return rc
-        host = s.host + first * PAGE
-    host += start & (PAGE - 1)
+        host = s.host + first * p.page
+    host += start & (p.page - 1)
     rc = enter(p, s, host, start, end)
     if rc == -ENOMEM and p.budget:
         evict(p, 0)  # idle registrations are the first to give way
@@ -598,7 +612,7 @@ cdef int register_window(verbs_priv *p, slot *s, uint64_t start, uint64_t end) n
 
 cdef int verbs_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t size) noexcept nogil:
     cdef verbs_priv *p = priv(dev)
-    cdef uint64_t pad = phys.v & (PAGE - 1), nbytes = (pad + size + PAGE - 1) & ~(PAGE - 1), same = 0
+    cdef uint64_t pad = phys.v & (p.page - 1), nbytes = (pad + size + p.page - 1) & ~(p.page - 1), same = 0
     cdef uint32_t page = 0
     cdef char *host
     cdef slot *s = NULL
@@ -607,7 +621,7 @@ cdef int verbs_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, 
         return 0
     host = host_of(p, phys.v, 1, &same)
     if p.budget and host != NULL and in_arena(p, host, 1):
-        page = <uint32_t>((host - p.arena) // PAGE) + 1
+        page = <uint32_t>((host - p.arena) // p.page) + 1
         s = idle_window(p, page, nbytes)
     if s == NULL:
         s = new_window(p, host, nbytes)
@@ -633,9 +647,9 @@ cdef int verbs_link(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint6
     if offset > st.size or size > st.size - offset:
         return -ERANGE
     at = st.addr.v - s.base + offset
-    if offset and phys.v & (PAGE - 1):
+    if offset and phys.v & (p.page - 1):
         return -EIO
-    if (at ^ phys.v) & (PAGE - 1):
+    if (at ^ phys.v) & (p.page - 1):
         return -EINVAL
     rc = link_pages(p, s, phys.v, at, size)
     if rc:
@@ -672,12 +686,12 @@ cdef int verbs_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint
         return -EINVAL
     if size == 0 or offset > st.size or size > st.size - offset:
         return -ERANGE
-    first = (st.addr.v - s.base + offset) // PAGE
-    last = (st.addr.v - s.base + offset + size - 1) // PAGE
+    first = (st.addr.v - s.base + offset) // p.page
+    last = (st.addr.v - s.base + offset + size - 1) // p.page
     for i in range(first, last + 1):
         if s.linked[i] == 0:
             return -ENOENT
-    low, high = s.base + first * PAGE, s.base + (last + 1) * PAGE
+    low, high = s.base + first * p.page, s.base + (last + 1) * p.page
     r = s.regs
     while r != NULL:  # keys are whole or gone: a registration that reaches beyond cannot lose a part
         if r.start < high and r.end > low and (r.start < low or r.end > high):
@@ -697,7 +711,7 @@ cdef int verbs_free(dma_device *dev, dma_iova_state *st) noexcept nogil:
     cdef int rc
     if s == NULL or s.kind != WINDOW:
         return -EINVAL
-    memset(s.linked, 0, s.bytes // PAGE * sizeof(uint32_t))
+    memset(s.linked, 0, s.bytes // p.page * sizeof(uint32_t))
     rc = release(p, s)
     if rc == 0:
         st.addr.v = st.size = 0
@@ -706,8 +720,8 @@ cdef int verbs_free(dma_device *dev, dma_iova_state *st) noexcept nogil:
 
 # memory that is one run of physical addresses but not of this process's: a window of its own
 cdef int window_for(verbs_priv *p, uint64_t phys, uint64_t size, unsigned int access, slot **out) noexcept nogil:
-    cdef uint64_t pad = phys & (PAGE - 1)
-    cdef slot *s = new_window(p, NULL, (pad + size + PAGE - 1) & ~(PAGE - 1))
+    cdef uint64_t pad = phys & (p.page - 1)
+    cdef slot *s = new_window(p, NULL, (pad + size + p.page - 1) & ~(p.page - 1))
     cdef int rc
     if s == NULL:
         return -ENOMEM
@@ -754,7 +768,7 @@ cdef int verbs_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
         rc = new_range(p, host, size, access, False, &s)
     if p.mode != DIRECT and rc:
         return rc
-    out.v = s.base + (phys.v & (PAGE - 1)) if s.window else s.base + <uint64_t>(host - s.host)
+    out.v = s.base + (phys.v & (p.page - 1)) if s.window else s.base + <uint64_t>(host - s.host)
     add(&p.n.maps, 1)
     return 0
 
@@ -774,7 +788,7 @@ cdef int verbs_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_d
 
 
 cdef uint64_t verbs_merge_boundary(dma_device *dev) noexcept nogil:
-    return 0 if priv(dev).mode == DIRECT else PAGE - 1
+    return 0 if priv(dev).mode == DIRECT else priv(dev).page - 1
 
 
 cdef int verbs_need_unmap(dma_device *dev) noexcept nogil:
@@ -804,6 +818,7 @@ cdef dma_bus_ops verbs_bus
 verbs_bus.access = verbs_access
 
 
+@cython.no_gc_clear  # __dealloc__ needs what it was made in
 cdef class Verbs:
     """The back end of one Device on real RDMA: ``Device(backend=Verbs(pd, memory), memory=memory)``.
 
@@ -841,7 +856,7 @@ cdef class Verbs:
         self.engine, self.engine_lock = None, threading.Lock()
         p = &self.p
         p.pd, p.mem, p.owner = pd.ptr(), memory.mem, <void *>self
-        p.arena, p.arena_bytes, p.fd = memory.arena, memory.size, memory.fd
+        p.arena, p.arena_bytes, p.fd, p.page = memory.arena, memory.size, memory.fd, memory.backing_page
         p.mode, p.by_direction, p.access = MODES[mode], access is None, access or 0
         p.atomic = RA if pd.context.attr["atomic"] else 0
         p.max_mr = pd.context.attr["max_mr_size"]
@@ -972,6 +987,7 @@ cdef class Verbs:
         cdef char *low = self.p.arena + offset
         cdef slot *gone
         cdef slot *s
+        cdef uint64_t first = offset // self.p.page + 1, last = (offset + length - 1) // self.p.page + 1
         cdef uint32_t i
         lock_acquire(&self.p.lk)
         gone = supersede(&self.p, low, low + length)
@@ -981,7 +997,7 @@ cdef class Verbs:
             s = s.chain
         for i in range(self.p.nr_slots):
             s = slot_at(&self.p, i)
-            if s.kind == WINDOW and window_holds(s, offset // PAGE + 1, (offset + length - 1) // PAGE + 1):
+            if s.kind == WINDOW and window_holds(&self.p, s, first, last):
                 self.p.n.invalidated += 1
                 if s.users:
                     s.doomed = 1  # in use: not kept after

@@ -110,9 +110,21 @@ def _test_window(pd: Pd) -> Iterator[str]:
             second.unbind(window)
             if _allowed(first, second, local.segment(0, 1), int(remote.addr) + 100, window.rkey):
                 yield "a write through an invalidated window went through"
+            pd.context.verified["window-rebind"] = _rebinds(first, second, window, remote)
     finally:
         first.close()
         second.close()
+
+
+def _rebinds(qp: Qp, other: Qp, window: Mw, region: Mr) -> str | None:
+    try:
+        other.bind(window, region, 0, 64)
+        other.unbind(window)
+    except DmaError:
+        qp.recover()
+        other.recover()
+        return "a memory window that was invalidated cannot be bound again: allocate a new one"
+    return None
 
 
 def _allowed(qp: Qp, other: Qp, segment: tuple[int, int, int], addr: int, rkey: int) -> bool:
@@ -128,6 +140,7 @@ def _allowed(qp: Qp, other: Qp, segment: tuple[int, int, int], addr: int, rkey: 
 #: Feature -> its test: a generator of what is wrong.
 FEATURES: dict[str, Callable[[Pd], Iterator[str]]] = {
     "mr": _test_mr, "odp": _test_odp, "atomic": _test_atomic, "window": _test_window, "window-bounds": _test_window,
+    "window-rebind": _test_window,
 }  # fmt: skip
 
 
@@ -135,7 +148,8 @@ def self_test(pd: Pd, feature: str) -> str | None:
     """Try a feature of FEATURES on a device: what is wrong with it, or None. Once for each Context.
 
     "window" is whether memory windows carry the right bytes and are void once invalidated, "window-bounds" whether they end
-    where they were told to (soft-RoCE of Linux 6.1 checks the region's end alone: rxe_resp.c check_rkey).
+    where they were told to, and "window-rebind" whether one can be bound again after that. Soft-RoCE of Linux 6.1 and 7.3 passes
+    the first and fails the other two: it checks the region's end, and leaves an invalidated window unusable.
     """
     verified = pd.context.verified
     if feature not in verified:

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 
+cimport cython
 from libc.errno cimport EIO, ETIMEDOUT, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -72,6 +73,7 @@ cdef double now() noexcept nogil:
     return <double>t.tv_sec + t.tv_nsec * 1e-9
 
 
+@cython.no_gc_clear  # __dealloc__ needs what it was made in
 cdef class Cq:
     """A completion queue for ``cqe`` completions, or a pyverbs CQ that stays its owner's (give its ``context``).
 
@@ -285,7 +287,7 @@ cdef fill64(uint64_t *to, uint32_t n, value, name):
     cdef const unsigned long long[::1] view
     cdef uint32_t i
     cdef uint64_t one
-    if hasattr(value, "__index__"):
+    if hasattr(value, "__index__") and not hasattr(value, "__len__"):
         one = value.__index__()
         for i in range(n):
             to[i] = one
@@ -298,7 +300,7 @@ cdef fill64(uint64_t *to, uint32_t n, value, name):
 cdef fill32(uint32_t *to, uint32_t n, value, name):
     cdef const unsigned int[::1] view
     cdef uint32_t i, one
-    if hasattr(value, "__index__"):
+    if hasattr(value, "__index__") and not hasattr(value, "__len__"):
         one = value.__index__()
         for i in range(n):
             to[i] = one
@@ -380,6 +382,7 @@ def cut(entries, max_sge, max_bytes):
     return groups
 
 
+@cython.no_gc_clear  # __dealloc__ needs what it was made in
 cdef class Qp:
     """A reliable connected queue pair: created in a Pd, or a pyverbs QP that stays its owner's (``Qp(pd, cq, of=qp)``).
 
@@ -749,9 +752,10 @@ cdef class Qp:
         cdef uint64_t at = self.rhead % self.recv_depth
         cdef ibv_recv_wr *wr = &self.rwr[at]
         cdef int rc
-        entries = [e for e in entries_of(segments) if e[1]]
-        if len(entries) > self.max_sge:
-            raise DmaValueError(f"at most {self.max_sge} segments", argument="segments", value=len(entries))
+        entries, *more = cut(entries_of(segments), self.max_sge, self.pd.context.attr["max_msg_sz"])
+        if more:
+            raise DmaValueError(f"one message of at most {self.max_sge} segments and {self.pd.context.attr['max_msg_sz']} bytes",
+                                argument="segments", value=1 + len(more))
         if self.rhead - self.rtail >= self.recv_depth:
             raise NoMemoryError(f"the receive queue is full: all of its {self.recv_depth} are outstanding", argument="qp",
                                 value=self)

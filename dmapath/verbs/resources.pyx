@@ -6,6 +6,7 @@ import resource
 import select
 import weakref
 
+cimport cython
 from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EBUSY, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP, errno
 from libc.stdint cimport uint32_t, uintptr_t
@@ -76,6 +77,7 @@ def devices():
         ibv_free_device_list(found)
 
 
+@cython.no_gc_clear  # __dealloc__ needs what it was made in
 cdef class Context:
     """An open RDMA device, by name (None: the first), or a pyverbs Context that stays its owner's.
 
@@ -192,10 +194,12 @@ cdef class Context:
     def close(self):
         """Close a device that was opened here; a pyverbs owner closes its own. VerbsError (EBUSY) while something of it is open."""
         cdef int rc
+        cdef ibv_context *c
         if self.owner is None and self.c != NULL:
+            c = self.ptr()
             if self.children:
                 raise failed("ibv_close_device", EBUSY, "context", self, f"{self.children} domains or queues of it are open")
-            rc = ibv_close_device(self.ptr())
+            rc = ibv_close_device(c)
             if rc:
                 raise failed("ibv_close_device", errno, "context", self)
             self.c = NULL
@@ -214,6 +218,7 @@ cdef class Context:
         return "Context(closed)" if self.c == NULL else f"Context({self.c.device.name.decode()!r})"
 
 
+@cython.no_gc_clear  # __dealloc__ needs what it was made in
 cdef class Pd:
     """A protection domain: of a Context, or a pyverbs PD that stays its owner's.
 
@@ -277,6 +282,7 @@ cdef class Pd:
         return f"Pd({'closed' if self.owner is None and self.c == NULL else self.context!r})"
 
 
+@cython.no_gc_clear  # __dealloc__ needs what it was made in
 cdef class Mr:
     """A long-lived memory region: bytes of a PhysMemory's arena or of any buffer, registered until ``dereg``.
 
@@ -424,6 +430,7 @@ cdef class Mr:
         return f"Mr({self.c.length} bytes, lkey {self.c.lkey:#x}, rkey {self.c.rkey:#x})" if self.c != NULL else "Mr(closed)"
 
 
+@cython.no_gc_clear  # __dealloc__ needs what it was made in
 cdef class Mw:
     """A memory window, type 1 or 2: remote rights over part of a region, given (``Qp.bind``) and taken away without
     registering. ``rkey`` is its key now."""
