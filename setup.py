@@ -38,6 +38,7 @@ VERBS = {
     "dmapath.verbs.resources": [],
     "dmapath.verbs.queue": [],
     "dmapath.verbs.backend": MEM,
+    "dmapath.verbs._plain": ["ext/bench/verbs_plain.c"],
 }
 
 flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra",
@@ -68,7 +69,7 @@ def has_verbs() -> bool:
 if has_verbs():
     MODULES |= VERBS
 extensions = [
-    Extension(name, [name.replace(".", "/") + ".pyx", *sources], include_dirs=["ext/include", "ext/core"],
+    Extension(name, [name.replace(".", "/") + ".pyx", *sources], include_dirs=["ext/include", "ext/core", "ext/bench"],
               extra_compile_args=flags, extra_link_args=link,
               libraries=["ibverbs"] if name in VERBS else [],
               depends=sorted(glob.glob("ext/**/*.[ch]", recursive=True)))

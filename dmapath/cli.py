@@ -19,6 +19,7 @@ from dmapath._version import __version__
 from dmapath.backends.grant import GrantTable
 from dmapath.backends.iommu import Iommu
 from dmapath.bio import Bio
+from dmapath.cli_guest import doctor, guest, rxe
 from dmapath.device import Device
 from dmapath.errors import DmaError
 from dmapath.explain import Explanation
@@ -76,6 +77,10 @@ def _console() -> Console:
 @click.version_option(__version__, prog_name="dmapath")
 def cli() -> None:
     """How buffers reach a device: mapped, explained, and compared with a kernel's trace."""
+
+
+for command in (doctor, guest, rxe):
+    cli.add_command(command)
 
 
 # ---- compare ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from dmapath.guest.image import KERNELS, Kernel, find_kernel, prepare
 from dmapath.guest.packages import Progress, cache_dir, missing_packages
-from dmapath.guest.vm import GuestError, Result, run
+from dmapath.guest.vm import GuestError, Result, run, run_pair
 
 __all__ = [
     "KERNELS",
@@ -15,4 +15,5 @@ __all__ = [
     "missing_packages",
     "prepare",
     "run",
+    "run_pair",
 ]

@@ -20,23 +20,26 @@ __all__ = ["KERNELS", "MODULES", "Kernel", "archive", "build_kernel", "find_kern
 
 
 class Source(NamedTuple):
-    """Where a kernel comes from: the suite ("": the machine's own), patterns of its packages' names, bytes that it takes while
-    it is fetched and unpacked.
+    """Where a kernel comes from: suites to look in ("": the machine's own), patterns of its packages' names, bytes that it takes
+    while it is fetched and unpacked.
     """
 
-    suite: str
+    suites: tuple[str, ...]
     packages: tuple[str, ...]
     room: int
 
 
 KERNELS = {
-    "6.1": Source("bookworm", (r"linux-image-6\.1\.0-\d+-amd64",), 700 << 20),
-    "7.3": Source("trixie-backports", (r"linux-binary-7\.3\.\d+\+deb13-amd64", r"linux-modules-7\.3\.\d+\+deb13-amd64"), 900 << 20),
+    "6.1": Source(("", "bookworm"), (r"linux-image-6\.1\.0-\d+-amd64",), 700 << 20),
+    # a suite of backports keeps its newest alone: 7.3, or what came after it
+    "7.3": Source(("trixie-backports",), (r"linux-binary-[7-9]\.\d+\.\d+\+deb13-amd64",
+                                          r"linux-modules-[7-9]\.\d+\.\d+\+deb13-amd64"), 900 << 20),
 }
 #: What each option of a guest loads, with whatever that depends on.
 MODULES = {
     "base": ["virtio_pci", "9p", "9pnet_virtio", "virtio_console", "virtio_rng"],
     "rxe": ["crc32_generic", "crc32c_generic", "dummy", "rdma_rxe", "ib_uverbs", "rdma_ucm"],
+    "net": ["virtio_net"],
     "nvme": ["nvme"],
 }
 
@@ -47,6 +50,19 @@ class Kernel(NamedTuple):
     release: str
     image: Path
     modules: Path
+
+
+def _find(how: Source, progress: Progress) -> tuple[Apt, list[str]]:
+    """The first suite that has a kernel, and its packages there."""
+    for last, suite in enumerate(how.suites, 1):
+        apt = Apt(suite)
+        apt.update(progress)
+        try:
+            return apt, [apt.newest(p) for p in how.packages]
+        except NotSupportedError:
+            if last == len(how.suites):
+                raise
+    raise AssertionError("a kernel without a suite")
 
 
 def build_kernel(name: str, debs: list[Path]) -> None:
@@ -65,6 +81,7 @@ def build_kernel(name: str, debs: list[Path]) -> None:
         kept.mkdir()
         shutil.copy2(images[0], kept / "vmlinuz")
         (kept / "release").write_text(folders[0].name)
+        (kept / "recipe").write_text(_recipe())
         _keep_modules(folders[0], kept / "modules")
         shutil.rmtree(home / name, ignore_errors=True)
         kept.rename(home / name)
@@ -78,13 +95,17 @@ def prepare(kernel: str, progress: Progress, *, rxe: bool = True) -> None:
         return
     check_room(cache_dir(), KERNELS[kernel].room)
     how = KERNELS[kernel]
-    apt = Apt(how.suite)
-    apt.update(progress)
-    debs = apt.fetch([apt.newest(p) for p in how.packages], progress)
+    apt, names = _find(how, progress)
+    debs = apt.fetch(names, progress)
     progress("unpacking", 0, 0)
     build_kernel(kernel, debs)
     for deb in debs:
         deb.unlink()
+
+
+def _recipe() -> str:
+    """What a kept kernel was made by: one of another recipe is fetched anew."""
+    return repr(MODULES)
 
 
 def _keep_modules(source: Path, into: Path) -> None:
@@ -130,7 +151,7 @@ def find_kernel(kernel: str, *, missing_ok: bool = False) -> Kernel | None:
     """A kernel of the cache by name, or any by the path of its image, with /lib/modules/RELEASE beside it or on this machine."""
     if kernel in KERNELS:
         home = cache_dir() / "kernels" / kernel
-        if (home / "release").exists():
+        if (home / "recipe").exists() and (home / "recipe").read_text() == _recipe():
             return Kernel((home / "release").read_text(), home / "vmlinuz", home / "modules")
         if missing_ok:
             return None
@@ -163,7 +184,11 @@ def _release(image: Path) -> str:
 INIT = r"""#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t proc proc /proc; $b mount -t sysfs sys /sys; $b mount -t devtmpfs dev /dev
-load() { for m in $($b cat /m/$1.order); do $b insmod /m/$m.ko || echo "guest: cannot load $m" >/dev/console; done; }
+load() {
+    for m in $($b cat /m/$1.order); do
+        [ -d /sys/module/$m ] || $b insmod /m/$m.ko || echo "guest: cannot load $m" >/dev/console
+    done
+}
 load base
 # the ports' names come after the ports
 n=0; until [ -e /dev/out ] && [ -e /dev/err ] && [ -e /dev/status ] || [ $n = 200 ]; do
@@ -190,10 +215,10 @@ $b chroot /root /bin/sh /run/job </dev/null >/dev/out 2>/dev/err
 echo "rc $?" >/dev/status
 $b poweroff -f
 """
-#: Brings soft-RoCE up on a dummy interface: RoCE v2 over 10.10.0.1, the largest path MTU.
-RXE_UP = """ip link add dummy0 type dummy 2>/dev/null
-ip link set dummy0 mtu 9000 && ip addr add 10.10.0.1/24 dev dummy0 &&
-ip link set dummy0 up && rdma link add rxe0 type rxe netdev dummy0 || { echo "guest: soft-RoCE did not come up" >&2; exit 125; }
+#: Brings soft-RoCE up: RoCE v2 over the address, with a path MTU of 4096.
+RXE_UP = """[ {dev} = dummy0 ] && ip link add dummy0 type dummy 2>/dev/null
+ip link set {dev} mtu 9000 && ip addr add {address}/24 dev {dev} &&
+ip link set {dev} up && rdma link add rxe0 type rxe netdev {dev} || {{ echo "guest: soft-RoCE did not come up" >&2; exit 125; }}
 """
 
 

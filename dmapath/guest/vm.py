@@ -12,16 +12,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dmapath.errors import DmaError, DmaValueError, NoMemoryError, NotSupportedError
 from dmapath.guest.image import RXE_UP, find_kernel, initramfs
 from dmapath.guest.packages import find_tool
 
-__all__ = ["GuestError", "Result", "kvm_usable", "run"]
+__all__ = ["ADDRESSES", "GuestError", "Result", "kvm_usable", "run", "run_pair"]
+
+#: Of a guest, and of the other one of a pair.
+ADDRESSES = ("10.10.0.1", "10.10.0.2")
 
 IOMMU = {
     "strict": "intel_iommu=on iommu.strict=1",
@@ -66,11 +71,11 @@ def _check_memory(mib: int) -> None:
         raise NoMemoryError(f"the guest wants {mib} MiB, and {int(found[1]) >> 10} are free", argument="memory", value=mib)
 
 
-def _job(command: Sequence[str], cwd: str, env: Mapping[str, str], *, rxe: bool) -> str:
+def _job(command: Sequence[str], cwd: str, env: Mapping[str, str], *, rxe: str) -> str:
     lines = [f"export {k}={shlex.quote(v)}" for k, v in env.items()]
     lines.append("export PATH=$PATH:/usr/sbin:/usr/bin:/sbin:/bin")
     if rxe:
-        lines.append(RXE_UP)
+        lines.append(rxe)
     lines += [f"cd {shlex.quote(cwd)} || exit 126", f"exec {shlex.join(command)}"]
     return "\n".join(lines) + "\n"
 
@@ -87,7 +92,8 @@ def _forward(fd: int) -> Sink:
 def run(
     command: Sequence[str], *, kernel: str = "6.1", rxe: bool = False, nvme: bool = False, iommu: str | None = None,
     share: str | None = None, cwd: str | None = None, env: Mapping[str, str] | None = None, memory: int = 1024, cpus: int = 2,
-    timeout: float = 600.0, icount: bool = False, out: Sink | None = None, err: Sink | None = None,
+    timeout: float = 600.0, icount: bool = False, cable: tuple[str, str] | None = None, side: int = 0, out: Sink | None = None,
+    err: Sink | None = None,
 ) -> Result:  # fmt: skip
     """Run a command in a throw-away guest and wait for it.
 
@@ -109,6 +115,8 @@ def run(
         Seconds after which the guest is ended and GuestError raised.
     icount : bool
         The guest's clock counts instructions (1000 to the microsecond), so that its timings repeat; one processor's work.
+    cable, side : (str, str), 0 or 1
+        Sockets of this guest's and another's network card, and which of ADDRESSES is its own: see ``run_pair``.
     out, err : callable(bytes)
         Where the command's output goes; None: to this process's own.
 
@@ -129,9 +137,11 @@ def run(
     assert found is not None
     share = os.path.realpath(share) if share else ""
     environ = {k: os.environ[k] for k in _KEPT if k in os.environ}
+    environ |= {k: v for k, v in os.environ.items() if k.startswith("DMAPATH_") and k != "DMAPATH_CACHE"}
     environ |= {"HOME": "/run/home", "TMPDIR": "/mnt/tmp", "PYTHONDONTWRITEBYTECODE": "1", "DMAPATH_GUEST": found.release}
-    job = _job(command, cwd or os.getcwd(), {**environ, **(env or {})}, rxe=rxe)
-    load = " ".join(kind for kind, on in (("rxe", rxe), ("nvme", nvme)) if on)
+    up = RXE_UP.format(dev="eth0" if cable else "dummy0", address=ADDRESSES[side]) if rxe else ""
+    job = _job(command, cwd or os.getcwd(), {**environ, **(env or {})}, rxe=up)
+    load = " ".join(kind for kind, on in (("net", cable), ("rxe", rxe), ("nvme", nvme)) if on)
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="dmapath-guest-") as scratch:
         first = Path(scratch) / "initramfs"
@@ -146,6 +156,9 @@ def run(
             with disk.open("wb") as f:
                 f.truncate(64 << 20)
             arguments += ["-drive", f"file={disk},if=none,id=n0,format=raw", "-device", "nvme,serial=dmapath,drive=n0,mdts=8"]
+        if cable:
+            arguments += ["-netdev", f"dgram,id=n,local.type=unix,local.path={cable[0]},remote.type=unix,remote.path={cable[1]}",
+                          "-device", f"virtio-net-pci,netdev=n,mac=52:54:00:10:10:0{side + 1}"]  # fmt: skip
         arguments += ["-append", append]
         machine = _Machine(qemu, arguments, scratch, out or _forward(1), err or _forward(2), timeout)
         if kvm_usable() and not icount:
@@ -155,6 +168,43 @@ def run(
         result = machine.boot("tcg", icount=icount)
         assert result is not None
         return result
+
+
+def run_pair(command: Sequence[str], *, out: Sink | None = None, **options: Any) -> tuple[Result, Result]:
+    """Run the same command in two guests at once, joined by one network cable. The command is told by DMAPATH_SIDE (0 or 1) which
+    it is and by DMAPATH_PEER where the other one is; what it prints comes line by line, with its side in front. ``options`` are
+    those of ``run``. Raises what ``run`` raises; the other guest is ended too then.
+    """
+    whole = threading.Lock()
+    stop = threading.Event()
+    to = out or _forward(1)
+
+    def one(side: int) -> Result:
+        rest = {"out": b"", "err": b""}
+
+        def sink(name: str) -> Sink:
+            def take(data: bytes) -> None:
+                if stop.is_set():
+                    raise GuestError("the other guest failed")
+                *lines, rest[name] = (rest[name] + data).split(b"\n")
+                with whole:
+                    for line in lines:
+                        to(b"%d| %s\n" % (side, line))
+
+            return take
+
+        env = {**(options.get("env") or {}), "DMAPATH_SIDE": str(side), "DMAPATH_PEER": ADDRESSES[1 - side]}
+        try:
+            return run(command, **{**options, "env": env}, cable=(sockets[side], sockets[1 - side]), side=side, out=sink("out"),
+                       err=sink("err"))  # fmt: skip
+        except BaseException:
+            stop.set()
+            raise
+
+    with tempfile.TemporaryDirectory(prefix="dmapath-cable-") as folder, ThreadPoolExecutor(2) as both:
+        sockets = [f"{folder}/{side}" for side in (0, 1)]
+        first, second = (both.submit(one, side) for side in (0, 1))
+        return first.result(), second.result()
 
 
 def _shares(share: str) -> list[str]:
