@@ -19,7 +19,8 @@ from dmapath._version import __version__
 from dmapath.backends.grant import GrantTable
 from dmapath.backends.iommu import Iommu
 from dmapath.bio import Bio
-from dmapath.cli_guest import doctor, guest, rxe
+from dmapath.cli_guest import KERNEL_OPTION, doctor, guest, rxe
+from dmapath.cli_verbs import compare_on_verbs, needs_a_device, ping, reg
 from dmapath.device import Device
 from dmapath.errors import DmaError
 from dmapath.explain import Explanation
@@ -79,7 +80,7 @@ def cli() -> None:
     """How buffers reach a device: mapped, explained, and compared with a kernel's trace."""
 
 
-for command in (doctor, guest, rxe):
+for command in (doctor, guest, rxe, reg, ping):
     cli.add_command(command)
 
 
@@ -157,10 +158,20 @@ def _six_table(console: Console, six: list[dict[str, Any]]) -> None:
 @cli.command()
 @click.option("--json", "json_path", metavar="FILE|-", help="Write the rows as one JSON object; - is standard output.")
 @click.option("--plot", "plot_path", metavar="FILE.png|.svg", help="Draw the figures.")
-def compare(json_path: str | None, plot_path: str | None) -> None:
+@click.option("--backend", type=click.Choice(["sim", "verbs"]), default="sim", show_default=True,
+              help="verbs: aligned and unaligned on a real RDMA device (in a guest, where there is none).")  # fmt: skip
+@click.option("--host", is_flag=True, help="verbs: on this machine, without a guest.")
+@KERNEL_OPTION
+def compare(json_path: str | None, plot_path: str | None, backend: str, host: bool, kernel: str) -> None:
     """The six cases through one driver; then aligned and unaligned requests, by Linux's rules and by the unified flow, on
     no, strict and lazy IOMMU.
     """
+    if backend == "verbs":
+        if plot_path is not None:
+            raise click.UsageError("--plot draws the simulated figures; dmapath reg --plot draws real ones")
+        needs_a_device(host, kernel, [json_path])
+        compare_on_verbs(json_path)
+        return
     if plot_path is not None and not plot_path.endswith((".png", ".svg")):
         raise click.UsageError("--plot wants a name that ends in .png or .svg")
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:

@@ -20,11 +20,11 @@ from dmapath.doctor import examine
 from dmapath.errors import DmaError
 from dmapath.guest import KERNELS, Result, find_kernel, missing_packages, prepare, run, run_pair
 
-__all__ = ["doctor", "guest", "in_a_guest", "rxe"]
+__all__ = ["KERNEL_OPTION", "doctor", "guest", "in_a_guest", "plain_errors", "rxe"]
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """What goes wrong is one line and exit code 2; a SIGTERM ends the guest as Ctrl-C does."""
 
     def end(number: int, _frame: object) -> NoReturn:
@@ -68,7 +68,7 @@ def in_a_guest(command: list[str], *, kernel: str = "6.1", timeout: float = 600.
     return run(command, kernel=kernel, rxe=True, timeout=timeout, **options)
 
 
-_KERNEL = click.option("--kernel", default="6.1", show_default=True, metavar="|".join([*KERNELS, "PATH"]),
+KERNEL_OPTION = click.option("--kernel", default="6.1", show_default=True, metavar="|".join([*KERNELS, "PATH"]),
                        help="A Debian kernel by version, or a bzImage with its modules.")  # fmt: skip
 
 
@@ -78,10 +78,10 @@ def guest() -> None:
 
 
 @guest.command("prepare")
-@_KERNEL
+@KERNEL_OPTION
 def prepare_command(kernel: str) -> None:
     """Fetch and cache what a guest takes, through this machine's own package manager."""
-    with _plain_errors():
+    with plain_errors():
         _prepare(kernel)
         found = find_kernel(kernel)
         assert found is not None
@@ -90,11 +90,13 @@ def prepare_command(kernel: str) -> None:
 
 
 @guest.command("run", context_settings={"ignore_unknown_options": True})
-@_KERNEL
+@KERNEL_OPTION
 @click.option("--rxe", is_flag=True, help="Soft-RoCE: device rxe0 on 10.10.0.1.")
 @click.option("--nvme", is_flag=True, help="An emulated NVMe disk of 64 MiB.")
 @click.option("--iommu", type=click.Choice(["strict", "lazy", "passthrough"]), help="An emulated Intel IOMMU.")
-@click.option("--share", type=click.Path(exists=True, file_okay=False), help="A folder that CMD may write to, at its own place.")
+@click.option(
+    "--share", type=click.Path(exists=True, file_okay=False), help="A folder that CMD may write to, at its own place."
+)
 @click.option("--pair", is_flag=True, help="Two guests on one cable; DMAPATH_SIDE and DMAPATH_PEER tell them apart.")
 @click.option("--memory", type=int, default=1024, show_default=True, help="MiB.")
 @click.option("--cpus", type=int, default=2, show_default=True)
@@ -104,7 +106,7 @@ def prepare_command(kernel: str) -> None:
 @click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED)
 def run_command(cmd: tuple[str, ...], pair: bool, console: bool, kernel: str, rxe: bool, **options: Any) -> None:
     """Boot a guest, run CMD in it with the same environment and working folder, stream its output, return its status."""
-    with _plain_errors():
+    with plain_errors():
         _prepare(kernel, rxe=rxe)
         results = (run_pair if pair else _alone)(list(cmd), kernel=kernel, rxe=rxe, **options)
     for result in results if console else ():
@@ -125,7 +127,7 @@ def rxe() -> None:
 
 
 @rxe.command("test", context_settings={"ignore_unknown_options": True})
-@_KERNEL
+@KERNEL_OPTION
 @click.option("--host", is_flag=True, help="On this machine's own device, without a guest.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds after which the guest is ended.")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
@@ -138,9 +140,11 @@ def test_command(kernel: str, host: bool, timeout: float, args: tuple[str, ...])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(args or ()), str(tests)]
     if host:
         os.execv(sys.executable, command)
-    with _plain_errors():
+    with plain_errors():
         result = in_a_guest(command, kernel=kernel, timeout=timeout)
-    click.echo(f"guest: kernel {kernel}, {result.accel}, booted in {result.boot_seconds:.0f} s, {result.seconds:.0f} s in all")
+    click.echo(
+        f"guest: kernel {kernel}, {result.accel}, booted in {result.boot_seconds:.0f} s, {result.seconds:.0f} s in all"
+    )
     sys.exit(result.status)
 
 

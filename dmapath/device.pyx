@@ -19,9 +19,9 @@ from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_LAYOUT_BOUNCED, DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED,
     DMA_LAYOUT_LINEAR, DMA_LAYOUT_PER_RANGE, DMA_P2P_NOT_SUPPORTED, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED,
-    DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t, dma_data_direction, dma_device, dma_iova_destroy, dma_iova_free, dma_iova_link,
-    dma_iova_size, dma_iova_state, dma_iova_sync, dma_keys, dma_keys_of, dma_iova_try_alloc, dma_iova_unlink, dma_ops, dma_p2p,
-    dma_p2p_range, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
+    DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t, dma_data_direction, dma_device, dma_iova_destroy, dma_iova_free,
+    dma_iova_link, dma_iova_size, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_keys, dma_keys_of,
+    dma_ops, dma_p2p, dma_p2p_range, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
 )
 from dmapath.backends.base cimport CapsuleBackend
 from dmapath.memory cimport PhysMemory
@@ -78,8 +78,8 @@ def _mask(value, name, *, zero=False):
 
 
 cdef class Segment:
-    """What the hardware is given: a DMA address, a length in bytes, and the keys of the registration that it lies in (``lkey``,
-    ``rkey``; 0 where the back end needs none)."""
+    """What the hardware is given: a DMA address, a length in bytes, and the keys of the registration that it lies in
+    (``lkey``, ``rkey``; 0 where the back end needs none)."""
 
     @property
     def addr(self):
@@ -326,7 +326,8 @@ cdef class Device:
 
     def fresh(self, **changes):
         """A device of the same kind on a fresh Iommu and pool of the same kind: nothing mapped, nothing cached."""
-        return Device(**{"backend": self.backend.fresh(), "iommu": None if self.iommu is None else self.iommu.copy(), "memory": self.memory,
+        return Device(**{"backend": self.backend.fresh(), "iommu": None if self.iommu is None else self.iommu.copy(),
+                         "memory": self.memory,
                          "swiotlb": None if self.swiotlb is None else self.swiotlb.fresh(), "pci": self.pci,
                          "xen": self.xen, "grants": None if self.grants is None else self.grants.fresh(),
                          **self.config_, **changes})

@@ -66,8 +66,9 @@ def _memory() -> Iterator[Finding]:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     root = os.geteuid() == 0
     small = limit != resource.RLIM_INFINITY and limit < 64 << 20 and not root
-    yield Finding("memlock limit", "none" if limit == resource.RLIM_INFINITY else f"{limit} bytes{' (root is free of it)' if root else ''}",
-                  "raise it for what is to be registered: ulimit -l, or /etc/security/limits.conf" if small else "")  # fmt: skip
+    words = "none" if limit == resource.RLIM_INFINITY else f"{limit} bytes{' (root is free of it)' if root else ''}"
+    yield Finding("memlock limit", words,
+                  "raise it for what is to be registered: ulimit -l, or limits.conf" if small else "")  # fmt: skip
     info = dict(re.findall(r"^(\w+):\s+(\d+)", Path("/proc/meminfo").read_text(), re.M))
     huge = int(info.get("HugePages_Total", 0))
     yield Finding("huge pages", f"{huge} of {int(info.get('Hugepagesize', 0))} KiB, {info.get('HugePages_Free', 0)} free",
@@ -92,7 +93,9 @@ def _guests() -> Iterator[Finding]:
         kept = find_kernel(name, missing_ok=True)
         yield Finding(f"guest kernel {name}", kept.release if kept else f"not in {cache_dir()}",
                       "" if kept else f"dmapath guest prepare --kernel {name}")  # fmt: skip
-    yield Finding("guest speed", "KVM" if kvm_usable() else "software emulation, about 20 times slower than this machine", "")
+    yield Finding(
+        "guest speed", "KVM" if kvm_usable() else "software emulation, about 20 times slower than this machine", ""
+    )
 
 
 def examine() -> list[Finding]:

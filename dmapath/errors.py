@@ -128,7 +128,8 @@ class CompletionError(VerbsError):
     """A work request completed with an error. ``status`` is the number (enum ibv_wc_status) and ``status_name`` its name,
     ``request`` the request's id, ``opcode`` what it was, ``segment`` the index of its work request within the request,
     ``address`` and ``key`` the remote address and rkey (of a send or receive: the local address and lkey), ``length`` its
-    bytes, ``qp_num`` the queue pair, which is in the error state now (``Qp.recover``)."""
+    bytes, ``qp_num`` the queue pair, which is in the error state now (``Qp.recover``).
+    """
 
     default_errno = _errno.EIO
 

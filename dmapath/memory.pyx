@@ -256,8 +256,8 @@ cdef class PhysMemory:
         """Give whole pages of the arena back to the machine (fallocate with FALLOC_FL_PUNCH_HOLE; for a file that is mapped,
         what MADV_REMOVE does). They read as zeros, on pages that are new.
 
-        Who holds registrations of them (a Verbs cache) or has them mapped by index (``OdpRegion``) is told before. A device that
-        still has them mapped goes on reading and writing the old pages.
+        Who holds registrations of them (a Verbs cache) or has them mapped by index (``OdpRegion``) is told before. A device
+        that still has them mapped goes on reading and writing the old pages.
         """
         offset, length = as_length(offset, "offset", least=0), as_length(length, "length")
         unit = self.backing_page

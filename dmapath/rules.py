@@ -46,8 +46,10 @@ RULES: dict[str, Rule] = {
                     "there is no IOMMU in the path, so no IOVA range can hold the request"),
     "no-gap": Rule("blk_can_dma_map_iova", "no gap inside a granule (request gap mask & merge boundary is 0)"),
     "gap": Rule("blk_can_dma_map_iova", "the request has a gap inside a granule, so Linux maps range by range"),
-    "iova-full": Rule("alloc_iova_fast", "no IOVA range can hold it: none of that size is free under the device's mask, or the back end gives none"),
-    "separate": Rule("dmapath iova_link (EXDEV)", "part of the memory cannot lie beside other memory: mapped range by range"),
+    "iova-full": Rule("alloc_iova_fast",
+                      "no IOVA range can hold it: none is free under the device's mask, or the back end gives none"),
+    "separate": Rule("dmapath iova_link (EXDEV)",
+                     "part of the memory cannot lie beside other memory: mapped range by range"),
     "fits": Rule("dma_iova_link (granule rule)",
                  "every range but the first begins, and every one but the last ends, on a granule"),
     "gapped": Rule("dmapath layout gapped",
@@ -88,7 +90,8 @@ RULES: dict[str, Rule] = {
                         "unmaps are queued: 256 of them or 10 ms share one full flush, and stale entries live till then"),
     "exposure": Rule("iommu_map (granule)", "whole pages are mapped: the device also sees bytes around the ranges"),
     "granted": Rule("xen_grant_dma_map_phys", "the other domain sees the pages that are granted, and nothing else"),
-    "registered": Rule("ibv_reg_mr, ibv_dereg_mr", "the device reaches what is registered, by its keys, until they are taken back"),
+    "registered": Rule("ibv_reg_mr, ibv_dereg_mr",
+                       "the device reaches what is registered, by its keys, until they are taken back"),
     "see-all": Rule("dma_direct_map_phys", "without an IOMMU the device can reach all memory under its mask"),
 }
 

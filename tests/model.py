@@ -369,7 +369,8 @@ class Device:
         st = self.iova_try_alloc(vecs[0][0] if linear else 0, total)
         if st is None:
             return self._each(vecs)
-        at, links, segments = st.addr - off(st.addr), [], []
+        at, links = st.addr - off(st.addr), []
+        segments: list[tuple[int, int]] = []
         for p, n in vecs:
             span = up(n + off(p))
             links.append((at, p - off(p), span))

@@ -12,16 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from dmapath.errors import DmaValueError, NotSupportedError
+from dmapath.errors import DmaError, DmaValueError, NotSupportedError
 from dmapath.guest.packages import Apt, Progress, cache_dir, check_room, find_tool, install, missing_packages, unpack
 
 __all__ = ["KERNELS", "MODULES", "Kernel", "archive", "build_kernel", "find_kernel", "initramfs", "prepare"]
 
 
-
 class Source(NamedTuple):
-    """Where a kernel comes from: suites to look in ("": the machine's own), patterns of its packages' names, bytes that it takes
-    while it is fetched and unpacked.
+    """Where a kernel comes from: suites to look in ("": the machine's own), patterns of its packages' names, bytes that it
+    takes while it is fetched and unpacked.
     """
 
     suites: tuple[str, ...]
@@ -32,8 +31,11 @@ class Source(NamedTuple):
 KERNELS = {
     "6.1": Source(("", "bookworm"), (r"linux-image-6\.1\.0-\d+-amd64",), 700 << 20),
     # a suite of backports keeps its newest alone: 7.3, or what came after it
-    "7.3": Source(("trixie-backports",), (r"linux-binary-[7-9]\.\d+\.\d+\+deb13-amd64",
-                                          r"linux-modules-[7-9]\.\d+\.\d+\+deb13-amd64"), 900 << 20),
+    "7.3": Source(
+        ("trixie-backports",),
+        (r"linux-binary-[7-9]\.\d+\.\d+\+deb13-amd64", r"linux-modules-[7-9]\.\d+\.\d+\+deb13-amd64"),
+        900 << 20,
+    ),
 }
 #: What each option of a guest loads, with whatever that depends on.
 MODULES = {
@@ -52,11 +54,11 @@ class Kernel(NamedTuple):
     modules: Path
 
 
-def _find(how: Source, progress: Progress) -> tuple[Apt, list[str]]:
+def _find(how: Source, progress: Progress, *, again: bool = False) -> tuple[Apt, list[str]]:
     """The first suite that has a kernel, and its packages there."""
     for last, suite in enumerate(how.suites, 1):
         apt = Apt(suite)
-        apt.update(progress)
+        apt.update(progress, again=again)
         try:
             return apt, [apt.newest(p) for p in how.packages]
         except NotSupportedError:
@@ -96,7 +98,11 @@ def prepare(kernel: str, progress: Progress, *, rxe: bool = True) -> None:
     check_room(cache_dir(), KERNELS[kernel].room)
     how = KERNELS[kernel]
     apt, names = _find(how, progress)
-    debs = apt.fetch(names, progress)
+    try:
+        debs = apt.fetch(names, progress)
+    except DmaError:  # the lists were older than what the mirror has
+        apt, names = _find(how, progress, again=True)
+        debs = apt.fetch(names, progress)
     progress("unpacking", 0, 0)
     build_kernel(kernel, debs)
     for deb in debs:
@@ -148,14 +154,18 @@ def _read_module(path: Path) -> bytes:
 
 
 def find_kernel(kernel: str, *, missing_ok: bool = False) -> Kernel | None:
-    """A kernel of the cache by name, or any by the path of its image, with /lib/modules/RELEASE beside it or on this machine."""
+    """A kernel of the cache by name, or any by the path of its image, with /lib/modules/RELEASE beside it or on this
+    machine.
+    """
     if kernel in KERNELS:
         home = cache_dir() / "kernels" / kernel
         if (home / "recipe").exists() and (home / "recipe").read_text() == _recipe():
             return Kernel((home / "release").read_text(), home / "vmlinuz", home / "modules")
         if missing_ok:
             return None
-        raise NotSupportedError(f"not in the cache: dmapath guest prepare --kernel {kernel}", argument="kernel", value=kernel)
+        raise NotSupportedError(
+            f"not in the cache: dmapath guest prepare --kernel {kernel}", argument="kernel", value=kernel
+        )
     image = Path(kernel)
     if not image.is_file():
         raise DmaValueError(f"{', '.join(KERNELS)}, or the path of a kernel image", argument="kernel", value=kernel)
@@ -201,7 +211,9 @@ done
 echo booted >/dev/status
 share="trans=virtio,version=9p2000.L,msize=512000"
 $b mount -t 9p -o ro,$share,cache=loose root /root || echo "guest: cannot mount the host's files" >/dev/console
-if [ -n "$SHARE" ]; then $b mount -t 9p -o rw,$share share "/root$SHARE" || echo "guest: cannot mount $SHARE" >/dev/console; fi
+if [ -n "$SHARE" ]; then
+    $b mount -t 9p -o rw,$share share "/root$SHARE" || echo "guest: cannot mount $SHARE" >/dev/console
+fi
 for kind in $LOAD; do load $kind; done
 $b mount -t proc proc /root/proc; $b mount -t sysfs sys /root/sys; $b mount -t devtmpfs dev /root/dev
 $b mkdir -p /root/dev/pts /root/dev/shm
@@ -218,7 +230,10 @@ $b poweroff -f
 #: Brings soft-RoCE up: RoCE v2 over the address, with a path MTU of 4096.
 RXE_UP = """[ {dev} = dummy0 ] && ip link add dummy0 type dummy 2>/dev/null
 ip link set {dev} mtu 9000 && ip addr add {address}/24 dev {dev} &&
-ip link set {dev} up && rdma link add rxe0 type rxe netdev {dev} || {{ echo "guest: soft-RoCE did not come up" >&2; exit 125; }}
+ip link set {dev} up && rdma link add rxe0 type rxe netdev {dev} || {{
+    echo "guest: soft-RoCE did not come up" >&2
+    exit 125
+}}
 """
 
 
@@ -241,7 +256,7 @@ def initramfs(kernel: Kernel, job: str, settings: dict[str, str]) -> bytes:
     if busybox is None:
         raise NotSupportedError("missing: busybox-static. dmapath guest prepare fetches it")
     folder, script = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755
-    entries = {name: (folder, b"") for name in ("bin", "proc", "sys", "dev", "root", "m", "job")}
+    entries = dict.fromkeys(("bin", "proc", "sys", "dev", "root", "m", "job"), (folder, b""))
     entries["dev/console"] = (stat.S_IFCHR | 0o600, b"")
     entries["init"] = (script, INIT.encode())
     entries["bin/busybox"] = (script, Path(os.path.realpath(busybox)).read_bytes())

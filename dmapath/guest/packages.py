@@ -54,13 +54,17 @@ class Apt:
 
     def __init__(self, suite: str = "") -> None:
         if shutil.which("apt-get") is None:
-            raise NotSupportedError("kernels are fetched by apt-get, which this machine lacks: give --kernel a path",
-                                    argument="kernel", value=suite)
+            raise NotSupportedError(
+                "kernels are fetched by apt-get, which this machine lacks: give --kernel a path",
+                argument="kernel",
+                value=suite,
+            )
         self.state = cache_dir() / "apt" / (suite or "own")
         for folder in ("lists/partial", "cache/archives/partial"):
             (self.state / folder).mkdir(parents=True, exist_ok=True)
         self.options = ["-o", f"Dir::State::lists={self.state}/lists", "-o", f"Dir::Cache={self.state}/cache",
-                        "-o", "Debug::NoLocking=true", "-o", "APT::Sandbox::User=", "-o", "Acquire::Languages=none"]  # fmt: skip
+                        "-o", "Debug::NoLocking=true", "-o", "APT::Sandbox::User=", "-o",
+                        "Acquire::Languages=none"]  # fmt: skip
         if suite:
             self.options += self._other_suite(suite)
 
@@ -70,8 +74,9 @@ class Apt:
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 wanted += list(_stanzas(path.read_text(), suite))
         if not wanted:
-            raise NotSupportedError(f"the machine has no Debian source from which {suite} could be reached",
-                                    argument="kernel", value=suite)
+            raise NotSupportedError(
+                f"the machine has no Debian source from which {suite} could be reached", argument="kernel", value=suite
+            )
         path = self.state / "sources.sources"
         path.write_text("\n\n".join(wanted) + "\n")
         return ["-o", f"Dir::Etc::sourcelist={path}", "-o", "Dir::Etc::sourceparts=/dev/null"]
@@ -85,9 +90,9 @@ class Apt:
             raise DmaError(f"{args[0]} {args[1]} failed: {_hide_hosts(' '.join(words))}", errno=5)
         return done.stdout
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: Progress, *, again: bool = False) -> None:
         """Fetch the lists, unless they are there."""
-        if not list((self.state / "lists").glob("*Packages*")):
+        if again or not list((self.state / "lists").glob("*Packages*")):
             progress("package lists", 0, 0)
             self.call("apt-get", "-q", "update")
 

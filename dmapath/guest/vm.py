@@ -48,7 +48,9 @@ class GuestError(DmaError):
 
 
 class Result(NamedTuple):
-    """How a run ended: the command's exit status, seconds in all and until the guest had booted, and what the kernel said."""
+    """How a run ended: the command's exit status, seconds in all and until the guest had booted, and what the kernel
+    said.
+    """
 
     status: int
     seconds: float
@@ -91,9 +93,9 @@ def _forward(fd: int) -> Sink:
 
 def run(
     command: Sequence[str], *, kernel: str = "6.1", rxe: bool = False, nvme: bool = False, iommu: str | None = None,
-    share: str | None = None, cwd: str | None = None, env: Mapping[str, str] | None = None, memory: int = 1024, cpus: int = 2,
-    timeout: float = 600.0, icount: bool = False, cable: tuple[str, str] | None = None, side: int = 0, out: Sink | None = None,
-    err: Sink | None = None,
+    share: str | None = None, cwd: str | None = None, env: Mapping[str, str] | None = None, memory: int = 1024,
+    cpus: int = 2, timeout: float = 600.0, icount: bool = False, cable: tuple[str, str] | None = None, side: int = 0,
+    out: Sink | None = None, err: Sink | None = None,
 ) -> Result:  # fmt: skip
     """Run a command in a throw-away guest and wait for it.
 
@@ -107,8 +109,8 @@ def run(
         Soft-RoCE up on a dummy interface (10.10.0.1); an emulated NVMe disk; an emulated Intel IOMMU.
     share : str or None
         A folder that the command may write to; everything else but /run, /mnt and TMPDIR is read-only.
-    env : mapping
-        More environment for the command.
+    cwd, env : str or None, mapping
+        Where the command starts (None: here), and more environment for it.
     memory, cpus : int
         MiB and processors.
     timeout : float
@@ -122,6 +124,7 @@ def run(
 
     Raises GuestError where the guest does not boot, dies or runs past its time; NotSupportedError, NoMemoryError and
     DmaValueError where it cannot be started. No process is left behind in any case.
+
     """
     if not command:
         raise DmaValueError("a command to run", argument="command", value=command)
@@ -139,6 +142,7 @@ def run(
     environ = {k: os.environ[k] for k in _KEPT if k in os.environ}
     environ |= {k: v for k, v in os.environ.items() if k.startswith("DMAPATH_") and k != "DMAPATH_CACHE"}
     environ |= {"HOME": "/run/home", "TMPDIR": "/mnt/tmp", "PYTHONDONTWRITEBYTECODE": "1", "DMAPATH_GUEST": found.release}
+    environ |= {"DMAPATH_ICOUNT": "1"} if icount else {}
     up = RXE_UP.format(dev="eth0" if cable else "dummy0", address=ADDRESSES[side]) if rxe else ""
     job = _job(command, cwd or os.getcwd(), {**environ, **(env or {})}, rxe=up)
     load = " ".join(kind for kind, on in (("net", cable), ("rxe", rxe), ("nvme", nvme)) if on)
@@ -155,9 +159,15 @@ def run(
             disk = Path(scratch) / "nvme.img"
             with disk.open("wb") as f:
                 f.truncate(64 << 20)
-            arguments += ["-drive", f"file={disk},if=none,id=n0,format=raw", "-device", "nvme,serial=dmapath,drive=n0,mdts=8"]
+            arguments += [
+                "-drive",
+                f"file={disk},if=none,id=n0,format=raw",
+                "-device",
+                "nvme,serial=dmapath,drive=n0,mdts=8",
+            ]
         if cable:
-            arguments += ["-netdev", f"dgram,id=n,local.type=unix,local.path={cable[0]},remote.type=unix,remote.path={cable[1]}",
+            arguments += ["-netdev",
+                          f"dgram,id=n,local.type=unix,local.path={cable[0]},remote.type=unix,remote.path={cable[1]}",
                           "-device", f"virtio-net-pci,netdev=n,mac=52:54:00:10:10:0{side + 1}"]  # fmt: skip
         arguments += ["-append", append]
         machine = _Machine(qemu, arguments, scratch, out or _forward(1), err or _forward(2), timeout)
@@ -171,9 +181,9 @@ def run(
 
 
 def run_pair(command: Sequence[str], *, out: Sink | None = None, **options: Any) -> tuple[Result, Result]:
-    """Run the same command in two guests at once, joined by one network cable. The command is told by DMAPATH_SIDE (0 or 1) which
-    it is and by DMAPATH_PEER where the other one is; what it prints comes line by line, with its side in front. ``options`` are
-    those of ``run``. Raises what ``run`` raises; the other guest is ended too then.
+    """Run the same command in two guests at once, joined by one network cable. The command is told by DMAPATH_SIDE (0 or 1)
+    which it is and by DMAPATH_PEER where the other one is; what it prints comes line by line, with its side in front.
+    ``options`` are those of ``run``. Raises what ``run`` raises; the other guest is ended too then.
     """
     whole = threading.Lock()
     stop = threading.Event()
@@ -195,7 +205,8 @@ def run_pair(command: Sequence[str], *, out: Sink | None = None, **options: Any)
 
         env = {**(options.get("env") or {}), "DMAPATH_SIDE": str(side), "DMAPATH_PEER": ADDRESSES[1 - side]}
         try:
-            return run(command, **{**options, "env": env}, cable=(sockets[side], sockets[1 - side]), side=side, out=sink("out"),
+            return run(command, **{**options, "env": env}, cable=(sockets[side], sockets[1 - side]), side=side,
+                       out=sink("out"),
                        err=sink("err"))  # fmt: skip
         except BaseException:
             stop.set()
@@ -230,8 +241,25 @@ class _Machine:
         if icount:
             how += ["-icount", "shift=0,sleep=off"]
         console = Path(self.scratch) / "console"
-        words = [self.qemu, "-nodefaults", "-no-user-config", "-machine", "q35", *how, "-display", "none", "-no-reboot",
-                 "-serial", f"file:{console}", "-monitor", "none", "-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
+        words = [
+            self.qemu,
+            "-nodefaults",
+            "-no-user-config",
+            "-machine",
+            "q35",
+            *how,
+            "-display",
+            "none",
+            "-no-reboot",
+            "-serial",
+            f"file:{console}",
+            "-monitor",
+            "none",
+            "-device",
+            "virtio-rng-pci",
+            "-device",
+            "virtio-serial-pci",
+        ]
         pipes = {name: os.pipe() for name in ("out", "err", "status")}
         for name, (_, write) in pipes.items():
             words += ["-chardev", f"file,id={name},path=/proc/self/fd/{write}",
@@ -262,7 +290,9 @@ class _Machine:
         words_of = said.decode(errors="replace").strip() or kernel_said[-1500:].strip() or "it said nothing"
         if "cannot set up guest memory" in words_of or "Cannot allocate memory" in words_of:
             raise NoMemoryError("no memory for the guest", argument="memory", value=words_of)
-        raise GuestError(f"the guest stopped without an answer ({'after' if booted else 'before'} it had booted): {words_of}")
+        raise GuestError(
+            f"the guest stopped without an answer ({'after' if booted else 'before'} it had booted): {words_of}"
+        )
 
     def _pump(
         self, process: subprocess.Popen[bytes], reads: dict[str, int], start: float, boot_limit: float | None

@@ -1,8 +1,8 @@
 """Real RDMA through libibverbs: the back end ``Verbs``, and the objects that move bytes over it.
 
 ``Device(backend=Verbs(Pd(), memory), memory=memory)`` maps as on any other back end; segments carry keys. Objects are opened
-here, or are the user's own pyverbs ones (``Context(ctx)``, ``Pd(pd, context=...)``, ``Cq(cq, context=...)``, ``Qp(pd, cq, of=qp)``,
-``Mr(pd, mr)``), whose lives stay their owner's.
+here, or are the user's own pyverbs ones (``Context(ctx)``, ``Pd(pd, context=...)``, ``Cq(cq, context=...)``, ``Qp(pd, cq,
+of=qp)``, ``Mr(pd, mr)``), whose lives stay their owner's.
 """
 
 try:

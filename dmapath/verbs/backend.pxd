@@ -21,7 +21,7 @@ cdef struct slot:
     uint32_t number, users, next_free
     unsigned int access
     uint64_t base         # DMA address of its first byte
-    char *host            # range: that byte. Window: virtual memory that was reserved, once pages have to be put side by side
+    char *host            # range: that byte. Window: virtual memory, once pages have to be put side by side
     uint64_t bytes        # whole pages
     uint32_t *linked      # window: the arena's page, plus 1, that each of its pages was linked to; 0: none
     uint32_t *held        # window: the page that was registered last

@@ -18,7 +18,7 @@ import threading
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New, PyCapsule_SetContext
 from libc.errno cimport (
-    EADDRINUSE, EBUSY, EFAULT, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, EOPNOTSUPP, ERANGE, EXDEV, errno,
+    EADDRINUSE, EBUSY, EFAULT, EINVAL, EIO, ENOENT, ENOMEM, EOPNOTSUPP, ERANGE, EXDEV, errno,
 )
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
@@ -30,20 +30,20 @@ from dmapath._core cimport (
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_BIDIRECTIONAL, DMA_FAULT_BUS, DMA_FROM_DEVICE, DMA_NONE, DMA_TO_DEVICE, DMAPATH_ABI,
     DMAPATH_BUS_CAPSULE, DMAPATH_OPS_CAPSULE, dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault,
-    dma_fault_at, dma_iova_size, dma_iova_state, dma_keys, dma_ops, phys_addr_t,
+    dma_fault_at, dma_iova_state, dma_keys, dma_ops, phys_addr_t,
 )
 from dmapath.memory cimport PhysMemory
-from dmapath.verbs.ibv cimport ibv_dereg_mr, ibv_mr, ibv_reg_mr_iova2
+from dmapath.verbs.ibv cimport ibv_dereg_mr, ibv_reg_mr_iova2
 from dmapath.verbs.resources cimport Pd
 
 from dmapath.addr import as_length
 from dmapath.backends.base import COUNTERS
-from dmapath.errors import AddressTypeError, CompletionError, DmaValueError, NotSupportedError, StateError
-from dmapath.mr import LOCAL_WRITE, ON_DEMAND, REMOTE_ATOMIC, REMOTE_READ, REMOTE_WRITE, check_access
+from dmapath.errors import CompletionError, DmaValueError, NotSupportedError, StateError
+from dmapath.mr import LOCAL_WRITE, ON_DEMAND, check_access
 from dmapath.verbs.bridge import pyverbs_mr
 from dmapath.verbs.probe import require
 from dmapath.verbs.queue import loopback
-from dmapath.verbs.resources import Mr, memlock, pin_text
+from dmapath.verbs.resources import Mr, pin_text
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *, size_t, int, int, int, long)
@@ -389,7 +389,8 @@ cdef slot *find_cached(verbs_priv *p, char **low, char **high, unsigned int *acc
     return NULL
 
 
-# take the cached ranges of [low, high) out of the index, for a wider one to take their place; idle ones are listed to be undone
+# take the cached ranges of [low, high) out of the index, for a wider one to take their place; idle ones are listed to be
+# undone
 cdef slot *supersede(verbs_priv *p, const char *low, const char *high) noexcept nogil:
     cdef uint32_t i = index_at(p, low)
     cdef slot *s
@@ -762,7 +763,8 @@ cdef int verbs_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
     elif p.budget and in_arena(p, host, size):
         rc = cached_range(p, host, size, access, &s)
     else:
-        # a buffer that its owner may unmap or remap at any time: a registration that outlives the mapping could not be trusted
+        # a buffer that its owner may unmap or remap at any time: a registration that outlives the mapping could not be
+        # trusted
         if p.budget:
             add(&p.n.uncacheable, 1)
         rc = new_range(p, host, size, access, False, &s)
@@ -806,7 +808,8 @@ cdef int verbs_keys_of(dma_device *dev, dma_addr_t addr, uint64_t size, dma_keys
     return 0
 
 
-cdef int verbs_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int write, dma_fault *fault) noexcept with gil:
+cdef int verbs_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int write,
+                      dma_fault *fault) noexcept with gil:
     cdef uint64_t done = 0
     try:
         return (<Verbs>priv(dev).owner).move(dev, addr.v, n, <char *>buf, write, &done)
@@ -822,8 +825,8 @@ verbs_bus.access = verbs_access
 cdef class Verbs:
     """The back end of one Device on real RDMA: ``Device(backend=Verbs(pd, memory), memory=memory)``.
 
-    Segments carry ``lkey`` and ``rkey``; addresses are the registrations' own. In every mode but ``direct`` the rights follow
-    the direction (to_device: a remote side may read; from_device: the device and a remote side may write).
+    Segments carry ``lkey`` and ``rkey``; addresses are the registrations' own. In every mode but ``direct`` the rights
+    follow the direction (to_device: a remote side may read; from_device: the device and a remote side may write).
 
     Parameters
     ----------
@@ -833,11 +836,13 @@ cdef class Verbs:
         The machine. Linear windows are made of its arena's pages; buffers in place are mapped range by range.
     mode : "linear", "per-range" or "direct"
     cache : int
-        Bytes of registrations to keep after their unmap (0: none), least recently used first to go. A remote side may still reach
-        what is kept, as with a lazy IOMMU. Only the arena is cached, whose pages go nowhere without ``PhysMemory.discard``
-        telling; a buffer that its owner may remap is registered for each mapping (counted as ``uncacheable``).
+        Bytes of registrations to keep after their unmap (0: none), least recently used first to go. A remote side may still
+        reach what is kept, as with a lazy IOMMU. Only the arena is cached, whose pages go nowhere without
+        ``PhysMemory.discard`` telling; a buffer that its owner may remap is registered for each mapping (counted as
+        ``uncacheable``).
     access : int or None
-        Rights of every registration (enum ibv_access_flags); None: by direction. ON_DEMAND wants a device whose self-test passes.
+        Rights of every registration (enum ibv_access_flags); None: by direction. ON_DEMAND wants a device whose self-test
+        passes.
 
     Raises NotSupportedError where the device's self-test fails (``dmapath.verbs.probe``).
     """
@@ -883,7 +888,8 @@ cdef class Verbs:
         if device.memory is not self.memory:
             raise DmaValueError("the PhysMemory of its back end", argument="memory", value=device.memory)
         if device.dma_mask != 2**64 - 1:
-            raise DmaValueError("64 bits: an RDMA device is told virtual addresses", argument="dma_mask", value=device.dma_mask)
+            raise DmaValueError("64 bits: an RDMA device is told virtual addresses", argument="dma_mask",
+                                value=device.dma_mask)
         device.narrow(min(self.p.max_mr, 2**63 - 1))
 
     @property
@@ -901,7 +907,8 @@ cdef class Verbs:
 
     @property
     def dma_bus(self):
-        """The same for simulated devices: what they read and write goes through the real one, over a queue pair to itself."""
+        """The same for simulated devices: what they read and write goes through the real one, over a queue pair to
+        itself."""
         return PyCapsule_New(<void *>&verbs_bus, DMAPATH_BUS_CAPSULE, NULL)
 
     # n bytes between a buffer and mapped memory, as a remote side would move them; done: what was moved before a fault
@@ -931,10 +938,10 @@ cdef class Verbs:
                      access=None if self.p.by_direction else self.p.access)
 
     def counters(self):
-        """Exact counts under the names of ``dmapath.COUNTERS`` (a window is an IOVA range, a deregistration an invalidation),
-        and ``registrations``, ``deregistrations``, ``registered_bytes`` and ``registered_live`` (bytes now), ``mmaps``; of the
-        cache ``cache_hits``, ``cache_misses``, ``cache_evictions``, ``cache_invalidated``, ``uncacheable``, ``cache_bytes``
-        (idle now)."""
+        """Exact counts under the names of ``dmapath.COUNTERS`` (a window is an IOVA range, a deregistration an
+        invalidation), and ``registrations``, ``deregistrations``, ``registered_bytes`` and ``registered_live`` (bytes now),
+        ``mmaps``; of the cache ``cache_hits``, ``cache_misses``, ``cache_evictions``, ``cache_invalidated``,
+        ``uncacheable``, ``cache_bytes`` (idle now)."""
         cdef uint64_t windows = 0, window_bytes = 0, mapped = 0
         cdef uint32_t i
         cdef slot *s
@@ -957,7 +964,8 @@ cdef class Verbs:
                 "iova_live": windows, "iova_bytes": n.window_bytes, "iova_live_bytes": window_bytes,
                 "links": n.links, "syncs": n.syncs, "unlinks": n.unlinks, "maps": n.maps, "unmaps": n.unmaps,
                 "invalidations": n.deregistrations, "mapped_bytes": mapped, "registrations": n.registrations,
-                "deregistrations": n.deregistrations, "registered_bytes": n.registered_bytes, "registered_live": n.registered_bytes - n.deregistered_bytes,
+                "deregistrations": n.deregistrations, "registered_bytes": n.registered_bytes,
+                "registered_live": n.registered_bytes - n.deregistered_bytes,
                 "mmaps": n.mmaps, "cache_hits": n.hits, "cache_misses": n.misses, "cache_evictions": n.evictions,
                 "cache_invalidated": n.invalidated, "uncacheable": n.uncacheable, "cache_bytes": self.p.idle_bytes}
 
@@ -967,14 +975,16 @@ cdef class Verbs:
             return f"{pin_text(self.p.refused)} [ibv_reg_mr]" if self.p.refused else "no memory for a window [mmap]"
         return {
             _errno.EFAULT: "no memory is there, or in mode direct none of the arena that is registered [ibv_reg_mr]",
-            _errno.EBUSY: "a registration is whole or gone: a part of it cannot be unlinked, nor can one that a memory window is "
-                          "bound to [ibv_dereg_mr]",
-            _errno.EOPNOTSUPP: "the device cannot register such memory: a peer's (no dma-buf), or with these rights [ibv_reg_mr]",
+            _errno.EBUSY: "a registration is whole or gone: a part of it cannot be unlinked, nor can one that a memory "
+                          "window is bound to [ibv_dereg_mr]",
+            _errno.EOPNOTSUPP: "the device cannot register such memory: a peer's (no dma-buf), or with these rights "
+                               "[ibv_reg_mr]",
             _errno.ENODEV: "the device was removed [ibv_reg_mr]",
         }.get(code)
 
     def fail_nth(self, long n):
-        """Make the nth registration or window from now fail (1: the next; 0: none). Returns what was left of the last order."""
+        """Make the nth registration or window from now fail (1: the next; 0: none). Returns what was left of the last
+        order."""
         left, self.p.fail_nth = self.p.fail_nth, n
         return left
 

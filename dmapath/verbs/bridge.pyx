@@ -6,6 +6,7 @@ changed since rdma-core 22; there it is read only from an instance of the right 
 kernel (which refuses addresses that are not mapped), and what stands there is compared with the object's own attributes.
 pyverbs is looked up at the first call, so nothing here needs it.
 """
+import importlib
 import os
 
 from cpython.object cimport PyObject
@@ -37,7 +38,7 @@ PACKAGE = "python3-pyverbs"
 def pyverbs_problem():
     """Why pyverbs cannot be used here, in one line, or None: it can."""
     try:
-        import pyverbs.device  # noqa: F401
+        importlib.import_module("pyverbs.device")  # pyverbs alone is imported even where it is broken
     except ImportError as e:
         return f"pyverbs cannot be imported ({e}): apt-get install {PACKAGE}, for the system's Python of the same version"
     return None
@@ -51,14 +52,13 @@ def is_pyverbs(obj):
 def pyverbs_mr(pd, address, length, access):
     """A pyverbs MR over memory of this process, registered by pyverbs in a PD of its own."""
     if pd is None:
-        raise NotSupportedError("a protection domain that is pyverbs' own is wanted: Pd(your_pyverbs_pd)", argument="pd", value=pd)
+        raise NotSupportedError("a protection domain that is pyverbs' own is wanted: Pd(your_pyverbs_pd)", argument="pd",
+                                value=pd)
     return type_of("mr")(pd, length, access, address=address)
 
 
 cdef type_of(str kind):
     if kind not in _types:
-        import importlib
-
         module, name, _ = _KINDS[kind]
         try:
             _types[kind] = getattr(importlib.import_module(f"pyverbs.{module}"), name)

@@ -37,7 +37,9 @@ def tell(sock: socket.socket, words: dict[str, Any]) -> dict[str, Any]:
 
 
 def meet(sock: socket.socket, qp: Qp, words: dict[str, Any] | None = None, **how: Any) -> dict[str, Any]:
-    """Connect a queue pair with the other side's over a socket; returns the other side's words. ``how`` goes to Qp.connect."""
+    """Connect a queue pair with the other side's over a socket; returns the other side's words. ``how`` goes to
+    Qp.connect.
+    """
     answer = tell(sock, {"qp": qp.info.to_json(), "words": words or {}})
     try:
         remote, theirs = QpInfo.from_json(answer["qp"]), dict(answer["words"])

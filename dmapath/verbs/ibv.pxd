@@ -205,15 +205,16 @@ cdef extern from *:
     static inline void wr_remote(struct ibv_send_wr *w, uint64_t addr, uint32_t rkey)
     { w->wr.rdma.remote_addr = addr; w->wr.rdma.rkey = rkey; }
     static inline void wr_atomic(struct ibv_send_wr *w, uint64_t addr, uint32_t rkey, uint64_t first, uint64_t second)
-    { w->wr.atomic.remote_addr = addr; w->wr.atomic.rkey = rkey; w->wr.atomic.compare_add = first; w->wr.atomic.swap = second; }
-    static inline void wr_bind(struct ibv_send_wr *w, struct ibv_mw *mw, uint32_t rkey, struct ibv_mr *mr, uint64_t addr,
+    { w->wr.atomic.remote_addr = addr; w->wr.atomic.rkey = rkey; w->wr.atomic.compare_add = first; w->wr.atomic.swap =
+    second; } static inline void wr_bind(struct ibv_send_wr *w, struct ibv_mw *mw, uint32_t rkey, struct ibv_mr *mr, uint64_t
+    addr,
                                uint64_t len, unsigned access)
     { w->bind_mw.mw = mw; w->bind_mw.rkey = rkey; w->bind_mw.bind_info.mr = mr; w->bind_mw.bind_info.addr = addr;
       w->bind_mw.bind_info.length = len; w->bind_mw.bind_info.mw_access_flags = access; }
     static inline uint64_t wr_remote_addr(const struct ibv_send_wr *w) { return w->wr.rdma.remote_addr; }
     static inline uint32_t wr_rkey(const struct ibv_send_wr *w)
-    { return w->opcode == IBV_WR_ATOMIC_CMP_AND_SWP || w->opcode == IBV_WR_ATOMIC_FETCH_AND_ADD ? w->wr.atomic.rkey : w->wr.rdma.rkey; }
-    static inline void wr_imm(struct ibv_send_wr *w, uint32_t imm) { w->imm_data = htobe32(imm); }
+    { return w->opcode == IBV_WR_ATOMIC_CMP_AND_SWP || w->opcode == IBV_WR_ATOMIC_FETCH_AND_ADD ? w->wr.atomic.rkey :
+    w->wr.rdma.rkey; } static inline void wr_imm(struct ibv_send_wr *w, uint32_t imm) { w->imm_data = htobe32(imm); }
     static inline uint32_t wc_imm(const struct ibv_wc *w) { return be32toh(w->imm_data); }
     """
     void wr_remote(ibv_send_wr *, uint64_t, uint32_t) noexcept nogil

@@ -45,7 +45,8 @@ def ping(
     host: str | None = None, *, port: int = 18515, device: str | None = None, size: int = 65536, rounds: int = 20,
     align: int = 0, mode: Literal["linear", "per-range", "direct"] = "linear", timeout: float = 60.0,
 ) -> Report:  # fmt: skip
-    """Meet the other side and exchange ``rounds`` times ``size`` bytes from scattered pages, ``align`` bytes off page starts.
+    """Meet the other side and exchange ``rounds`` times ``size`` bytes from scattered pages, ``align`` bytes off page
+    starts.
 
     Each round both sides write into the other's memory and read the other's own. Raises VerbsError or
     CompletionError as soon as something fails.
@@ -68,8 +69,9 @@ def ping(
             "size": size, "rounds": rounds,
         })  # fmt: skip
         if (theirs["size"], theirs["rounds"]) != (size, rounds):
-            raise DmaValueError(f"as the other side has it: {theirs['rounds']} rounds of {theirs['size']} bytes", argument="size",
-                                value=size)
+            raise DmaValueError(
+                f"as the other side has it: {theirs['rounds']} rounds of {theirs['size']} bytes", argument="size", value=size
+            )
         times, good = [], True
         for step in range(rounds):
             at = 0

@@ -40,8 +40,8 @@ def _moves(pd: Pd, access: int) -> Iterator[str]:
                 want = b"\xa5" * at + data + b"\xa5" * (SIZE - at - n)
                 if target[:] != want:
                     wrong = [i for i in range(SIZE) if target[i] != want[i]]
-                    yield (f"a write of {n} bytes at offset {at} completed with success and {len(wrong)} wrong bytes, the first "
-                           f"at {wrong[0]}")  # fmt: skip
+                    yield (f"a write of {n} bytes at offset {at} completed with success and {len(wrong)} wrong bytes, from "
+                           f"{wrong[0]} on")  # fmt: skip
                     return
                 target[at : at + n] = data = _pattern(n, seed + 1)
                 staging[:n] = bytes(n)
@@ -148,8 +148,8 @@ def self_test(pd: Pd, feature: str) -> str | None:
     """Try a feature of FEATURES on a device: what is wrong with it, or None. Once for each Context.
 
     "window" is whether memory windows carry the right bytes and are void once invalidated, "window-bounds" whether they end
-    where they were told to, and "window-rebind" whether one can be bound again after that. Soft-RoCE of Linux 6.1 and 7.3 passes
-    the first and fails the other two: it checks the region's end, and leaves an invalidated window unusable.
+    where they were told to, and "window-rebind" whether one can be bound again after that. Soft-RoCE of Linux 6.1 and 7.3
+    passes the first and fails the other two: it checks the region's end, and leaves an invalidated window unusable.
     """
     verified = pd.context.verified
     if feature not in verified:

@@ -5,7 +5,6 @@ Queues are rings: work requests and their entries are built where they stay unti
 an error can name its request, and a region that is still named by one is not deregistered.
 """
 import json
-import os
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from libc.string cimport memset
 
 from dmapath.verbs.bridge cimport as_cq, as_qp, pointer
 from dmapath.verbs.ibv cimport (
-    IBV_MW_TYPE_2, IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_CAP, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
+    IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_CAP, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
     IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT, IBV_QP_RETRY_CNT,
     IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QP_TIMEOUT, IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RESET,
     IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPT_RC, IBV_SEND_INLINE, IBV_SEND_SIGNALED, IBV_WC_SUCCESS, IBV_WC_WITH_IMM,
@@ -63,7 +62,8 @@ _WC_NAMES = {0: "send", 1: "write", 2: "read", 3: "cmp_swp", 4: "fetch_add", 5: 
 _LOCAL = ("recv", "send", "send_imm", "local_inv", "bind_mw")
 STATES = ("reset", "init", "rtr", "rts", "sqd", "sqe", "error", "unknown")
 #: Completion statuses by name (enum ibv_wc_status).
-STATUS = {"success": 0, "loc_len": 1, "loc_qp_op": 2, "loc_prot": 4, "flush": 5, "mw_bind": 6, "bad_resp": 7, "rem_inv_req": 9,
+STATUS = {"success": 0, "loc_len": 1, "loc_qp_op": 2, "loc_prot": 4, "flush": 5, "mw_bind": 6, "bad_resp": 7,
+          "rem_inv_req": 9,
           "rem_access": 10, "rem_op": 11, "retry": 12, "rnr_retry": 13}
 
 
@@ -77,8 +77,8 @@ cdef double now() noexcept nogil:
 cdef class Cq:
     """A completion queue for ``cqe`` completions, or a pyverbs CQ that stays its owner's (give its ``context``).
 
-    Queue pairs that could together overflow it are refused when they are made, unless they ask for ``overcommit``. An overflow
-    breaks the queue (``Context.events`` says "CQ error"): close its queue pairs and it, and make them anew.
+    Queue pairs that could together overflow it are refused when they are made, unless they ask for ``overcommit``. An
+    overflow breaks the queue (``Context.events`` says "CQ error"): close its queue pairs and it, and make them anew.
     """
 
     def __cinit__(self, of, int cqe=256, *, Context context=None):
@@ -119,8 +119,8 @@ cdef class Cq:
             if qp is not None and qp.c != NULL:
                 n += (qp.depth if qp.send_cq is self else 0) + (qp.recv_depth if qp.recv_cq is self else 0)
         if n > self.cqe:
-            raise DmaValueError(f"a completion queue that cannot overflow: {n} work requests may be outstanding on its queue "
-                                f"pairs, and it has {self.cqe} entries (overcommit=True allows it)", argument="cq",
+            raise DmaValueError(f"a completion queue that cannot overflow: {n} work requests may be outstanding on its "
+                                f"queue pairs, and it has {self.cqe} entries (overcommit=True allows it)", argument="cq",
                                 value=self.cqe)
         return 0
 
@@ -183,15 +183,16 @@ cdef class Cq:
         return out
 
     def drain(self, int n, double timeout=10.0):
-        """Wait for ``n`` completions; returns how many came. One call, whatever n is: the fast way. Raises CompletionError at
-        the first that failed, and VerbsError (ETIMEDOUT) when none came in ``timeout`` seconds."""
+        """Wait for ``n`` completions; returns how many came. One call, whatever n is: the fast way. Raises CompletionError
+        at the first that failed, and VerbsError (ETIMEDOUT) when none came in ``timeout`` seconds."""
         cdef ibv_cq *cq = self.ptr()
         cdef int done = 0, got, i
         cdef Qp qp
         while done < n:
             got = self.fetch(cq, n - done, timeout)
             if got == 0:
-                raise VerbsError(f"{done} of {n} completions came within {timeout} s", errno=ETIMEDOUT, argument="n", value=n)
+                raise VerbsError(f"{done} of {n} completions came within {timeout} s", errno=ETIMEDOUT, argument="n",
+                                 value=n)
             for i in range(got):
                 qp = self.owner_of(self.wc[i].qp_num)
                 if qp is None or not qp.retire(&self.wc[i]):
@@ -358,13 +359,14 @@ def entries_of(segments):
         elif getattr(s, "lkey", 0):
             out.append((int(s.addr), s.length, s.lkey))
         else:
-            raise AddressTypeError("a Segment with keys or (address, bytes, lkey) is wanted", argument=f"segments[{i}]", value=s)
+            raise AddressTypeError("a Segment with keys or (address, bytes, lkey) is wanted", argument=f"segments[{i}]",
+                                   value=s)
     return out
 
 
 def cut(entries, max_sge, max_bytes):
-    """Entries (address, bytes, lkey) in groups of one work request each: at most ``max_sge`` of them and ``max_bytes``. Entries
-    that touch under one key are joined, empty ones left out; there is always a group, if only an empty one."""
+    """Entries (address, bytes, lkey) in groups of one work request each: at most ``max_sge`` of them and ``max_bytes``.
+    Entries that touch under one key are joined, empty ones left out; there is always a group, if only an empty one."""
     groups, room, joined = [[]], max_bytes, []
     for addr, n, key in entries:
         if joined and joined[-1][2] == key and joined[-1][0] + joined[-1][1] == addr:
@@ -399,7 +401,8 @@ cdef class Qp:
         Share a completion queue that is too small for everything that may be outstanding.
     """
 
-    def __cinit__(self, Pd pd not None, Cq cq=None, *, Cq recv_cq=None, of=None, max_send_wr=128, max_recv_wr=128, max_sge=16,
+    def __cinit__(self, Pd pd not None, Cq cq=None, *, Cq recv_cq=None, of=None, max_send_wr=128, max_recv_wr=128,
+                  max_sge=16,
                   max_inline=0, bint overcommit=False):
         cdef ibv_qp_init_attr init
         cdef ibv_pd *p = pd.ptr()
@@ -515,7 +518,8 @@ cdef class Qp:
         if path not in (256, 512, 1024, 2048, 4096):
             raise DmaValueError("256, 512, 1024, 2048 or 4096 bytes", argument="mtu", value=mtu)
         self.remote = remote
-        self.how = dict(access=access, timeout=timeout, retry_cnt=retry_cnt, rnr_retry=rnr_retry, min_rnr_timer=min_rnr_timer,
+        self.how = dict(access=access, timeout=timeout, retry_cnt=retry_cnt, rnr_retry=rnr_retry,
+                        min_rnr_timer=min_rnr_timer,
                         mtu=mtu)
         self._init(access | (MW_BIND if self.pd.context.attr["max_mw"] else 0))
         self._ready_to_receive(path, min_rnr_timer)
@@ -545,7 +549,8 @@ cdef class Qp:
         a.ah_attr.grh.sgid_index, a.ah_attr.grh.hop_limit = ctx.gid_index(), 64
         for i in range(16):
             a.ah_attr.grh.dgid.raw[i] = remote.gid[i]
-        self._modify(&a, IBV_QPS_RTR, IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC
+        self._modify(&a, IBV_QPS_RTR, IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN
+                     | IBV_QP_MAX_DEST_RD_ATOMIC
                      | IBV_QP_MIN_RNR_TIMER)
 
     cdef _ready_to_send(self, timeout, retry_cnt, rnr_retry):
@@ -584,8 +589,8 @@ cdef class Qp:
 
     cdef int room(self, uint64_t n) except -1:
         if self.head - self.tail + n > self.depth:
-            raise NoMemoryError(f"the send queue holds {self.depth}, {self.head - self.tail} are outstanding and {n} more are "
-                                "wanted: poll completions first", argument="qp", value=self)
+            raise NoMemoryError(f"the send queue holds {self.depth}, {self.head - self.tail} are outstanding and {n} more "
+                                "are wanted: poll completions first", argument="qp", value=self)
         return 0
 
     # the next slot of the ring, for the request that begins at `first`
@@ -613,7 +618,8 @@ cdef class Qp:
             rc = ibv_post_send(qp, start, &bad)
         if rc:
             self.head = bad.wr_id if bad != NULL else first
-            raise failed("ibv_post_send", abs(rc), "qp", self, f"{self.head - first} of the request's work requests were posted")
+            raise failed("ibv_post_send", abs(rc), "qp", self,
+                         f"{self.head - first} of the request's work requests were posted")
         return 0
 
     def post(self, opcode, segments, remote_addr=0, rkey=0, *, imm=0, inline=False):
@@ -636,8 +642,7 @@ cdef class Qp:
         most = min(self.max_sge, attr["max_sge_rd"]) if opcode == "read" else self.max_sge
         groups = cut(entries_of(segments), most, attr["max_msg_sz"])
         if len(groups) > 1 and op not in (IBV_WR_RDMA_WRITE, IBV_WR_RDMA_READ):
-            raise DmaValueError(f"one message of at most {self.max_sge} segments and {attr['max_msg_sz']} bytes",
-                                argument="segments", value=len(groups))
+            raise self._too_long(len(groups))
         if inline and sum(n for group in groups for _, n, _ in group) > self.max_inline:
             raise DmaValueError(f"at most {self.max_inline} bytes go inline (max_inline)", argument="inline", value=inline)
         self.room(len(groups))
@@ -654,6 +659,11 @@ cdef class Qp:
         wr.send_flags |= IBV_SEND_SIGNALED
         self.submit(qp, first)
         return first
+
+    def _too_long(self, parts):
+        most = self.pd.context.attr["max_msg_sz"]
+        return DmaValueError(f"one message of at most {self.max_sge} segments and {most} bytes", argument="segments",
+                             value=parts)
 
     def write(self, segments, remote_addr, rkey):
         """RDMA WRITE: ``post`` and ``wait``."""
@@ -677,7 +687,8 @@ cdef class Qp:
         if not self.pd.context.attr["atomic"]:
             raise NotSupportedError("the device has no atomics", argument="opcode", value=_NAMES[opcode])
         if int(remote_addr) & 7:
-            raise DmaValueError("a multiple of 8 (InfiniBand specification, 9.4.5)", argument="remote_addr", value=int(remote_addr))
+            raise DmaValueError("a multiple of 8 (InfiniBand specification, 9.4.5)", argument="remote_addr",
+                                value=int(remote_addr))
         ((addr, n, lkey),) = entries_of([segment] if isinstance(segment, tuple) else segment)
         if n != 8:
             raise DmaValueError("8 bytes", argument="segment", value=n)
@@ -754,8 +765,7 @@ cdef class Qp:
         cdef int rc
         entries, *more = cut(entries_of(segments), self.max_sge, self.pd.context.attr["max_msg_sz"])
         if more:
-            raise DmaValueError(f"one message of at most {self.max_sge} segments and {self.pd.context.attr['max_msg_sz']} bytes",
-                                argument="segments", value=1 + len(more))
+            raise self._too_long(1 + len(more))
         if self.rhead - self.rtail >= self.recv_depth:
             raise NoMemoryError(f"the receive queue is full: all of its {self.recv_depth} are outstanding", argument="qp",
                                 value=self)
@@ -845,19 +855,21 @@ cdef class Qp:
             last += 1
         while self.tail <= last:
             if self.send_cq.dispatch(timeout) == 0:
-                raise VerbsError(f"request {request} did not complete within {timeout} s", errno=ETIMEDOUT, argument="request",
+                raise VerbsError(f"request {request} did not complete within {timeout} s", errno=ETIMEDOUT,
+                                 argument="request",
                                  value=request)
         for seq in sorted(self.failures):
             if seq <= want:
                 raise self.failures[seq].error()
 
     def arrived(self, timeout=10.0):
-        """The next completion of a receive: a Completion. CompletionError where it failed; VerbsError (ETIMEDOUT) when nothing
-        came in ``timeout`` seconds."""
+        """The next completion of a receive: a Completion. CompletionError where it failed; VerbsError (ETIMEDOUT) when
+        nothing came in ``timeout`` seconds."""
         cdef double end = now() + timeout
         while not self.arrivals:
             if self.recv_cq.dispatch(max(0.0, end - now())) == 0 and now() > end:
-                raise VerbsError(f"nothing was received within {timeout} s", errno=ETIMEDOUT, argument="timeout", value=timeout)
+                raise VerbsError(f"nothing was received within {timeout} s", errno=ETIMEDOUT, argument="timeout",
+                                 value=timeout)
         done = self.arrivals.popleft()
         if not done.ok:
             raise done.error()

@@ -9,7 +9,7 @@ import weakref
 cimport cython
 from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EBUSY, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP, errno
-from libc.stdint cimport uint32_t, uintptr_t
+from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
 from dmapath.verbs.bridge cimport as_context, as_mr, as_pd, pointer
@@ -17,13 +17,14 @@ from dmapath.verbs.ibv cimport (
     IBV_ACCESS_ON_DEMAND, IBV_MW_TYPE_1, IBV_MW_TYPE_2, IBV_ODP_SUPPORT, IBV_REREG_MR_CHANGE_ACCESS, ibv_ack_async_event,
     ibv_alloc_mw, ibv_alloc_pd, ibv_async_event, ibv_close_device, ibv_context, ibv_dealloc_mw, ibv_dealloc_pd, ibv_dereg_mr,
     ibv_device, ibv_device_attr, ibv_device_attr_ex, ibv_event_type_str, ibv_free_device_list, ibv_get_async_event,
-    ibv_get_device_list, ibv_get_device_name, ibv_gid, ibv_mr, ibv_mw, ibv_open_device, ibv_pd, ibv_port_attr, ibv_query_device_ex,
+    ibv_get_device_list, ibv_get_device_name, ibv_gid, ibv_mr, ibv_mw, ibv_open_device, ibv_pd, ibv_port_attr,
+    ibv_query_device_ex,
     ibv_query_gid, ibv_query_port, ibv_reg_mr, ibv_rereg_mr,
 )
 
 from dmapath.addr import DmaAddr, as_length
 from dmapath.errors import AddressTypeError, DmaValueError, NotSupportedError, StateError, VerbsError
-from dmapath.mr import LOCAL_WRITE, MW_BIND, REMOTE_ATOMIC, REMOTE_READ, REMOTE_WRITE, WRITABLE
+from dmapath.mr import REMOTE_ATOMIC, REMOTE_READ, REMOTE_WRITE, WRITABLE
 from dmapath.verbs.bridge import is_pyverbs, pyverbs_mr
 
 #: What a remote side may do, all of it.
@@ -81,8 +82,8 @@ def devices():
 cdef class Context:
     """An open RDMA device, by name (None: the first), or a pyverbs Context that stays its owner's.
 
-    ``attr`` has its limits: ``max_mr_size``, ``max_msg_sz`` (bytes), ``max_sge``, ``max_sge_rd``, ``max_qp_wr``, ``mtu`` (bytes),
-    ``odp`` and so on, as ibv_query_device_ex and ibv_query_port tell them. ``verified`` has what self-tests found
+    ``attr`` has its limits: ``max_mr_size``, ``max_msg_sz`` (bytes), ``max_sge``, ``max_sge_rd``, ``max_qp_wr``, ``mtu``
+    (bytes), ``odp`` and so on, as ibv_query_device_ex and ibv_query_port tell them. ``verified`` has what self-tests found
     (``dmapath.verbs.probe``). Raises NotSupportedError (ENODEV) where there is no such device.
     """
 
@@ -112,8 +113,8 @@ cdef class Context:
         finally:
             if found != NULL:
                 ibv_free_device_list(found)
-        raise NotSupportedError(f"no such RDMA device here ({', '.join(names) or 'there is none'}): dmapath guest run --rxe has "
-                                "soft-RoCE", errno=ENODEV, argument="device", value=name)
+        raise NotSupportedError(f"no such RDMA device here ({', '.join(names) or 'there is none'}): dmapath guest run --rxe "
+                                "has soft-RoCE", errno=ENODEV, argument="device", value=name)
 
     def _query(self):
         cdef ibv_device_attr_ex a
@@ -192,7 +193,8 @@ cdef class Context:
         return out
 
     def close(self):
-        """Close a device that was opened here; a pyverbs owner closes its own. VerbsError (EBUSY) while something of it is open."""
+        """Close a device that was opened here; a pyverbs owner closes its own. VerbsError (EBUSY) while something of it is
+        open."""
         cdef int rc
         cdef ibv_context *c
         if self.owner is None and self.c != NULL:
@@ -365,7 +367,8 @@ cdef class Mr:
 
     def pyverbs(self):
         """A real pyverbs MR over the same bytes with the same rights, for code that wants one. It is a registration of its
-        own, with its own keys (pyverbs cannot adopt one): close it before this region is deregistered. Needs a pyverbs PD."""
+        own, with its own keys (pyverbs cannot adopt one): close it before this region is deregistered. Needs a pyverbs
+        PD."""
         return pyverbs_mr(self.pd.owner, int(self.addr), self.length, self.access)
 
     def rereg(self, access):
@@ -398,7 +401,8 @@ cdef class Mr:
                              argument="mr", value=self)
         self.windows = [ref for ref in self.windows if ref() is not None and ref().bound is self]
         if self.windows:
-            raise StateError(f"{len(self.windows)} memory windows are bound to it: invalidate or free them first", errno=EBUSY,
+            raise StateError(f"{len(self.windows)} memory windows are bound to it: invalidate or free them first",
+                             errno=EBUSY,
                              argument="mr", value=self)
         with nogil:
             rc = ibv_dereg_mr(mr)

@@ -6,11 +6,12 @@ import mmap
 import os
 import random
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RIGHTS, Machine, pinned
+from rdma import RIGHTS, Machine, pinned
 
 from dmapath import (
     Bio,
@@ -22,6 +23,7 @@ from dmapath import (
     HmmMap,
     HostBuffer,
     Iommu,
+    Mapping,
     MemoryRegion,
     NoMemoryError,
     PhysMemory,
@@ -41,7 +43,7 @@ SHIFTS = ((0, PAGE), (1, PAGE), (64, PAGE), (512, PAGE), (PAGE - 3, 2 * PAGE))
 
 
 def machine(pd: Pd, name: str, **kw: Any) -> Machine:
-    return Machine(pd, name.split(",")[0], **MODES[name], **kw)
+    return Machine(pd, name.split(",")[0], **{**MODES[name], **kw})
 
 
 def places(n: int, shift: int, length: int) -> list[tuple[int, int]]:
@@ -114,6 +116,10 @@ def test_what_each_mode_costs(pd: Pd) -> None:
     assert seen["linear", 512] == ("gapped", 1, 1, 32)
 
 
+def fetch(engine: DmaEngine, into: bytearray, mapping: Mapping) -> int:
+    return engine.read_into(mapping.segments, into)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_driver_of_every_other_back_end(pd: Pd, mode: str) -> None:
     """compare.transfer and DmaEngine, not a line of which knows verbs."""
@@ -124,8 +130,7 @@ def test_the_driver_of_every_other_back_end(pd: Pd, mode: str) -> None:
         for policy in ("linux", "unified"):
             fill(m.memory, where, data)
             got = bytearray(len(data))
-            transfer(m.dev, Bio.from_memory(m.memory, where, "write"), policy,
-                     lambda x, got=got: engine.read_into(x.segments, got))  # fmt: skip
+            transfer(m.dev, Bio.from_memory(m.memory, where, "write"), policy, partial(fetch, engine, got))
             assert got == data
             transfer(m.dev, Bio.from_memory(m.memory, where, "read"), policy, lambda x: engine.write(x.segments, data[::-1]))
             assert cpu(m.memory, where) == data[::-1]
@@ -347,6 +352,7 @@ def test_threads_register_at_once(pd: Pd) -> None:
 @pytest.mark.parametrize("mode", ["per-range", "linear"])
 def test_the_cache_is_bounded_and_counts(pd: Pd, mode: str) -> None:
     with Machine(pd, mode, cache=8 * PAGE) as m:
+
         def use(i: int) -> None:
             with m.dev.map(Bio.from_memory(m.memory, [(i * PAGE, PAGE)], "read")):
                 pass
@@ -370,6 +376,7 @@ def test_the_cache_is_bounded_and_counts(pd: Pd, mode: str) -> None:
 
 def test_the_cache_serves_what_lies_inside_and_joins_what_overlaps(pd: Pd) -> None:
     with Machine(pd, "per-range", cache=1 << 20, layout="contiguous") as m:
+
         def use(at: int, n: int, op: str = "read") -> int:
             with m.dev.map(Bio.from_memory(m.memory, [(at, n)], op)) as x:
                 DmaEngine(m.dev).write(x.segments, bytes(n)) if op == "read" else DmaEngine(m.dev).read(x.segments)

@@ -16,7 +16,7 @@ import weakref
 from typing import Any
 
 import pytest
-from conftest import RIGHTS, pinned
+from rdma import RIGHTS, pinned
 
 from dmapath import Bio, Device, DmaError, DmaValueError, NotSupportedError, PhysMemory, StateError
 from dmapath.errors import AddressTypeError, CompletionError, VerbsError

@@ -7,13 +7,15 @@ import os
 import pickle
 import time
 from array import array
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
-from conftest import RIGHTS
+from rdma import RIGHTS
 
 from dmapath import DmaValueError, NoMemoryError, StateError
 from dmapath.errors import AddressTypeError, CompletionError, VerbsError
-from dmapath.verbs import LOCAL_WRITE, REMOTE_READ, STATUS, Batch, Cq, Mr, Pd, Qp, QpInfo, loopback
+from dmapath.verbs import LOCAL_WRITE, REMOTE_READ, STATUS, Batch, Completion, Cq, Mr, Pd, Qp, QpInfo, loopback
 from dmapath.verbs.queue import cut
 
 Pair = tuple[Qp, Qp]
@@ -268,7 +270,7 @@ def test_a_full_queue_and_one_that_nobody_polls(pd: Pd) -> None:
 
 def test_a_completion_queue_that_is_too_small_is_refused(pd: Pd) -> None:
     with Cq(pd.context, 8) as cq:
-        few = {"max_send_wr": cq.cqe - 3, "max_recv_wr": 4}
+        few: dict[str, Any] = {"max_send_wr": cq.cqe - 3, "max_recv_wr": 4}
         with pytest.raises(DmaValueError, match="a completion queue that cannot overflow"):
             Qp(pd, cq, **few)
         few["max_send_wr"] -= 1
@@ -327,7 +329,7 @@ def test_poll_gives_what_failed_too(pd: Pd, pair: Pair) -> None:
     with Mr(pd, bytearray(64), access=RIGHTS) as mr:
         first.post("write", [mr.segment(0, 8)], mr.addr, mr.rkey)
         bad = first.post("write", [mr.segment(0, 8)], 0x1234, mr.rkey)
-        seen = []
+        seen: list[Completion] = []
         while len(seen) < 2:
             seen += first.send_cq.poll(timeout=5)
         assert [c.ok for c in seen] == [True, False]
@@ -348,7 +350,9 @@ def test_bad_arguments(pd: Pd, pair: Pair) -> None:
     ):  # fmt: skip
         with pytest.raises((DmaValueError, VerbsError)):
             call()
-    for call in (lambda: first.connect("me"), lambda: first.post("send", [(1, 2)]), lambda: first.post("send", [object()])):
+    calls: list[Callable[[], object]] = [
+        lambda: first.connect(cast(QpInfo, "me")), lambda: first.post("send", [(1, 2)]), lambda: first.post("send", [object()])]
+    for call in calls:
         with pytest.raises((AddressTypeError, ValueError)):
             call()
     assert first.outstanding == 0
