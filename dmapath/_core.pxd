@@ -34,6 +34,7 @@ cdef extern from "mem.h" nogil:
     void phys_mem_inval(phys_mem *, uint64_t phys, uint64_t len)
     void phys_mem_evict(phys_mem *)
     void *phys_mem_host(const phys_mem *, uint64_t phys)
+    uint64_t phys_mem_run(const phys_mem *, uint64_t phys, uint64_t len, char **host)
     uint64_t p2p_route(const dma_device *, uint64_t addr, uint64_t len, uint64_t *phys)
     bint p2p_dropped(const dma_device *, uint64_t phys)
     void phys_mem_read_lock(phys_mem *)

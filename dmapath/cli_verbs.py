@@ -265,7 +265,7 @@ def compare_on_verbs(json_path: str | None) -> None:
             "ranges", "alignment", "method", "layout", "regs", "keys", "SGEs", "work requests", "map us", "write us",
             "read us",
             "unmap us", "data")]  # fmt: skip
-        _table("32 KiB to 512 KiB over RDMA, rdma-core", columns, [[
+        _table("ranges of 4 KiB over RDMA, rdma-core", columns, [[
             str(r["ranges"]), r["alignment"], r["method"], r["layout"], str(r["registrations"]), str(r["keys"]),
             str(r["sges"]),
             str(r["work_requests"]), *(f"{r[k] / 1000:.0f}" for k in ("map_ns", "write_ns", "read_ns", "unmap_ns")),

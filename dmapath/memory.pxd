@@ -13,6 +13,7 @@ cdef class PhysMemory:
     cdef readonly size_t backing_page
     cdef readonly str layout
     cdef object frames_
+    cdef uint64_t flat  # physical address of the arena while it lies there in one piece and in order; 0: it does not
     cdef uint64_t next_synthetic
     cdef readonly list peers  # Bars of this machine
     cdef list tags

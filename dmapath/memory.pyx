@@ -118,6 +118,7 @@ cdef class PhysMemory:
             order = [2 * i for i in range(n)]  # every other frame: none touches the next
             random.Random(seed).shuffle(order)
         self.frames_ = [base + i * unit for i in order]
+        self.flat = base if self.layout == "contiguous" else 0
         for i in range(n):
             frame = self.frames_[i]
             for sub in range(0, unit, 4096):
@@ -285,6 +286,7 @@ cdef class PhysMemory:
     def _move(self, size_t first, list fresh):
         cdef uint64_t frame
         cdef size_t i
+        self.flat = 0
         self.remove_frames(self.frames_[first:first + len(fresh)])
         for i in range(first, first + len(fresh)):
             frame = self.frames_[i] = fresh[i - first]

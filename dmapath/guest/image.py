@@ -54,10 +54,11 @@ class Kernel(NamedTuple):
     modules: Path
 
 
-def _find(how: Source, progress: Progress, *, again: bool = False) -> tuple[Apt, list[str]]:
+def _find(kernel: str, progress: Progress, *, again: bool = False) -> tuple[Apt, list[str]]:
     """The first suite that has a kernel, and its packages there."""
+    how = KERNELS[kernel]
     for last, suite in enumerate(how.suites, 1):
-        apt = Apt(suite)
+        apt = Apt(suite, kernel)
         apt.update(progress, again=again)
         try:
             return apt, [apt.newest(p) for p in how.packages]
@@ -96,12 +97,11 @@ def prepare(kernel: str, progress: Progress, *, rxe: bool = True) -> None:
     if kernel not in KERNELS or find_kernel(kernel, missing_ok=True) is not None:
         return
     check_room(cache_dir(), KERNELS[kernel].room)
-    how = KERNELS[kernel]
-    apt, names = _find(how, progress)
+    apt, names = _find(kernel, progress)
     try:
         debs = apt.fetch(names, progress)
     except DmaError:  # the lists were older than what the mirror has
-        apt, names = _find(how, progress, again=True)
+        apt, names = _find(kernel, progress, again=True)
         debs = apt.fetch(names, progress)
     progress("unpacking", 0, 0)
     build_kernel(kernel, debs)

@@ -52,12 +52,12 @@ def missing_packages(*, rxe: bool = True) -> list[str]:
 class Apt:
     """apt with a state of its own, over the machine's sources, in another suite where one is named."""
 
-    def __init__(self, suite: str = "") -> None:
+    def __init__(self, suite: str = "", kernel: str = "") -> None:
         if shutil.which("apt-get") is None:
             raise NotSupportedError(
                 "kernels are fetched by apt-get, which this machine lacks: give --kernel a path",
                 argument="kernel",
-                value=suite,
+                value=kernel,
             )
         self.state = cache_dir() / "apt" / (suite or "own")
         for folder in ("lists/partial", "cache/archives/partial"):
@@ -72,7 +72,7 @@ class Apt:
         wanted = []
         for path in [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]:
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                wanted += list(_stanzas(path.read_text(), suite))
+                wanted += list(sources_in(path.read_text(), suite))
         if not wanted:
             raise NotSupportedError(
                 f"the machine has no Debian source from which {suite} could be reached", argument="kernel", value=suite
@@ -129,7 +129,7 @@ def _hide_hosts(text: str) -> str:
     return re.sub(r"https?://\S+", "(the machine's mirror)", text)
 
 
-def _stanzas(text: str, suite: str) -> Iterator[str]:
+def sources_in(text: str, suite: str) -> Iterator[str]:
     """A source in deb822 form for each Debian main archive that a sources file names, in another suite."""
 
     def stanza(uri: str, key: str | None) -> str:

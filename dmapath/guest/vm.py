@@ -116,7 +116,7 @@ def run(
     timeout : float
         Seconds after which the guest is ended and GuestError raised.
     icount : bool
-        The guest's clock counts instructions (1000 to the microsecond), so that its timings repeat; one processor's work.
+        The guest's clock counts instructions (1000 to the microsecond), so that its timings repeat. It has one processor then.
     cable, side : (str, str), 0 or 1
         Sockets of this guest's and another's network card, and which of ADDRESSES is its own: see ``run_pair``.
     out, err : callable(bytes)
@@ -150,7 +150,8 @@ def run(
     with tempfile.TemporaryDirectory(prefix="dmapath-guest-") as scratch:
         first = Path(scratch) / "initramfs"
         first.write_bytes(initramfs(found, job, {"LOAD": load, "SHARE": share}))
-        arguments = ["-kernel", str(found.image), "-initrd", str(first), "-m", f"{memory}M", "-smp", str(cpus)]
+        arguments = ["-kernel", str(found.image), "-initrd", str(first), "-m", f"{memory}M",
+                     "-smp", "1" if icount else str(cpus)]
         arguments += _shares(share)
         append = "console=ttyS0 quiet loglevel=4 panic=-1 " + IOMMU.get(iommu or "", "")
         if iommu:

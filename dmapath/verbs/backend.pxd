@@ -19,14 +19,17 @@ cdef struct reg:
 cdef struct slot:
     uint8_t kind, indexed, doomed, window
     uint32_t number, users, next_free
+    uint32_t first, run   # window whose pages follow each other in the arena, and for which no more is kept: the first, plus 1,
+                          # and how many
     unsigned int access
     uint64_t base         # DMA address of its first byte
     char *host            # range: that byte. Window: virtual memory, once pages have to be put side by side
     uint64_t bytes        # whole pages
-    uint32_t *linked      # window: the arena's page, plus 1, that each of its pages was linked to; 0: none
+    uint32_t *linked      # window: the arena's page, plus 1, that each of its pages was linked to; 0: none. NULL: see run
     uint32_t *held        # window: the page that was registered last
     uint32_t *there       # window: the page that the virtual memory shows; NULL: none is reserved
     reg *regs
+    reg own               # the first of them, most often the only one
     slot *newer
     slot *older
     slot *chain           # window: of its bucket of idle windows
@@ -43,6 +46,7 @@ cdef struct verbs_priv:
     phys_mem *mem
     char *arena
     uint64_t arena_bytes, page  # bytes of the memfd's pages, which are what a window is made of
+    const uint64_t *flat  # PhysMemory.flat
     int fd, mode
     unsigned int access, atomic
     bint by_direction

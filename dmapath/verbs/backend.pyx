@@ -25,7 +25,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from dmapath._core cimport (
-    add_atomic as add, lock_acquire, lock_release, phys_mem_host, phys_mem_read_lock, phys_mem_read_unlock,
+    add_atomic as add, lock_acquire, lock_release, phys_mem_host, phys_mem_read_lock, phys_mem_read_unlock, phys_mem_run,
 )
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_BIDIRECTIONAL, DMA_FAULT_BUS, DMA_FROM_DEVICE, DMA_NONE, DMA_TO_DEVICE, DMAPATH_ABI,
@@ -105,18 +105,18 @@ cdef slot *take_slot(verbs_priv *p, int kind, char *like, uint64_t nbytes) noexc
         p.nr_slots += CHUNK
     s = slot_at(p, p.first_free - 1)
     p.first_free = s.next_free
-    i = s.number
-    memset(s, 0, sizeof(slot))
-    s.number = i
     s.kind, s.bytes, s.users = kind, nbytes, 1
-    s.base = ((<uint64_t>i + 1) << SLOT_SHIFT) + (<uint64_t>like & LOW)
-    if kind == RANGE:
-        s.host = like
+    s.base = ((<uint64_t>s.number + 1) << SLOT_SHIFT) + (<uint64_t>like & LOW)
+    s.host = like if kind == RANGE else NULL
     return s
 
 
+# it is all zeros again but for its number, where it lay, and its place in the list
 cdef void drop_slot(verbs_priv *p, slot *s) noexcept nogil:
     s.kind = UNUSED
+    s.users = s.indexed = s.doomed = s.window = 0
+    s.access = s.first = s.run = 0
+    s.linked = s.held = s.there = NULL
     s.next_free = p.first_free
     p.first_free = s.number + 1
 
@@ -146,14 +146,15 @@ cdef int enter(verbs_priv *p, slot *s, char *host, uint64_t start, uint64_t end)
     cdef int code
     if fail_now(p):
         return -ENOMEM
-    r = <reg *>calloc(1, sizeof(reg))
+    r = &s.own if s.own.mr == NULL else <reg *>calloc(1, sizeof(reg))
     if r == NULL:
         return -ENOMEM
     r.mr = ibv_reg_mr_iova2(p.pd, host, end - start, start, s.access)
     if r.mr == NULL:
         code = errno
         p.refused = end - start
-        free(r)
+        if r != &s.own:
+            free(r)
         return -code if code else -EIO
     r.start, r.end, r.next = start, end, s.regs
     s.regs = r
@@ -178,7 +179,10 @@ cdef int leave(verbs_priv *p, slot *s, uint64_t start, uint64_t end) noexcept no
         add(&p.n.deregistrations, 1)
         add(&p.n.deregistered_bytes, r.end - r.start)
         at[0] = r.next
-        free(r)
+        if r == &s.own:
+            r.mr = NULL
+        else:
+            free(r)
     return 0
 
 
@@ -309,12 +313,18 @@ cdef void evict(verbs_priv *p, uint64_t budget) noexcept nogil:
 # the user is done with a slot: keep it, or undo it
 cdef int release(verbs_priv *p, slot *s) noexcept nogil:
     cdef int rc
+    if not p.budget:
+        s.users = 0  # nobody else's: from here on its address names nothing
+        rc = dissolve(p, s)
+        if rc:
+            s.users = 1  # a memory window is bound to it: it stays mapped
+        return rc
     lock_acquire(&p.lk)
     s.users -= 1
     if s.users:
         lock_release(&p.lk)
         return 0
-    if p.budget and not s.doomed and (s.indexed or (s.kind == WINDOW and s.regs != NULL and s.held[0])):
+    if not s.doomed and (s.indexed or (s.held != NULL and s.regs != NULL and s.held[0])):
         idle_in(p, s)
         lock_release(&p.lk)
         evict(p, p.budget)
@@ -323,7 +333,7 @@ cdef int release(verbs_priv *p, slot *s) noexcept nogil:
     lock_release(&p.lk)
     rc = dissolve(p, s)
     if rc:
-        s.users = 1  # a window is bound to it: it stays mapped
+        s.users = 1
     return rc
 
 
@@ -332,15 +342,12 @@ cdef int release(verbs_priv *p, slot *s) noexcept nogil:
 # host address of a physical range, or NULL where there is no memory. *same: up to where it lies side by side here too
 cdef char *host_of(verbs_priv *p, uint64_t phys, uint64_t size, uint64_t *same) noexcept nogil:
     cdef char *host
-    cdef uint64_t n
+    if p.flat[0] and phys >= p.flat[0] and phys - p.flat[0] < p.arena_bytes and size <= p.arena_bytes - (phys - p.flat[0]):
+        same[0] = size
+        return p.arena + (phys - p.flat[0])
     phys_mem_read_lock(p.mem)
-    host = <char *>phys_mem_host(p.mem, phys)
-    n = FRAME - (phys & (FRAME - 1))
-    if host != NULL:
-        while n < size and <char *>phys_mem_host(p.mem, phys + n) == host + n:
-            n += FRAME
+    same[0] = phys_mem_run(p.mem, phys, size, &host)
     phys_mem_read_unlock(p.mem)
-    same[0] = n if n < size else size
     return host
 
 
@@ -464,28 +471,58 @@ cdef slot *idle_window(verbs_priv *p, uint32_t page, uint64_t nbytes) noexcept n
 
 
 cdef slot *new_window(verbs_priv *p, char *like, uint64_t nbytes) noexcept nogil:
-    cdef uint64_t n = nbytes // p.page
-    cdef uint32_t *pages = <uint32_t *>calloc(2 * n, sizeof(uint32_t))
     cdef slot *s
-    if pages == NULL or fail_now(p):
-        free(pages)
+    if fail_now(p):
         return NULL
     lock_acquire(&p.lk)
     s = take_slot(p, WINDOW, <char *>(<uint64_t>like & ~(p.page - 1)), nbytes)
     lock_release(&p.lk)
-    if s == NULL:
-        free(pages)
-        return NULL
-    s.linked, s.held = pages, pages + n
-    add(&p.n.windows, 1)
-    add(&p.n.window_bytes, nbytes)
+    if s != NULL:
+        add(&p.n.windows, 1)
+        add(&p.n.window_bytes, nbytes)
     return s
+
+
+# keep each page of a window from now on
+cdef int keep_pages(verbs_priv *p, slot *s) noexcept nogil:
+    cdef uint64_t n = s.bytes // p.page, i
+    if s.linked != NULL:
+        return 0
+    s.linked = <uint32_t *>calloc(2 * n, sizeof(uint32_t))
+    if s.linked == NULL:
+        return -ENOMEM
+    s.held = s.linked + n
+    for i in range(s.run):
+        s.linked[i] = s.first + <uint32_t>i
+    return 0
+
+
+# note [at, at + size) of a window as long as its pages follow each other: True: done
+cdef bint link_run(verbs_priv *p, slot *s, uint64_t phys, uint64_t at, uint64_t size) noexcept nogil:
+    cdef uint64_t same = 0, i = at // p.page
+    cdef uint32_t page
+    cdef char *host
+    if p.budget or s.linked != NULL or i != s.run:
+        return False
+    host = host_of(p, phys, size, &same)
+    if host == NULL or same < size or not in_arena(p, host, size):
+        return False
+    page = <uint32_t>((host - p.arena) // p.page) + 1 - <uint32_t>i
+    if i and page != s.first:
+        return False
+    s.first, s.run = page, <uint32_t>((at + size - 1) // p.page) + 1
+    return True
 
 
 cdef int link_pages(verbs_priv *p, slot *s, uint64_t phys, uint64_t at, uint64_t size) noexcept nogil:
     cdef uint64_t i = at // p.page, first = i, last = (at + size - 1) // p.page
     cdef char *host
-    cdef int rc = 0
+    cdef int rc
+    if link_run(p, s, phys, at, size):
+        return 0
+    rc = keep_pages(p, s)
+    if rc:
+        return rc
     phys_mem_read_lock(p.mem)
     while i <= last:
         host = <char *>phys_mem_host(p.mem, phys)
@@ -509,6 +546,8 @@ cdef int link_pages(verbs_priv *p, slot *s, uint64_t phys, uint64_t at, uint64_t
 # whether pages follow each other in the arena as they do in the window
 cdef bint in_order(const slot *s, uint64_t first, uint64_t last) noexcept nogil:
     cdef uint64_t i
+    if s.linked == NULL:
+        return last < s.run
     for i in range(first + 1, last + 1):
         if s.linked[i] != s.linked[i - 1] + 1:
             return False
@@ -535,6 +574,8 @@ cdef char *reserve(verbs_priv *p, uint64_t nbytes) noexcept nogil:
 # show the pages that are linked side by side: one mmap for those that follow each other in the arena
 cdef int place_pages(verbs_priv *p, slot *s, uint64_t first, uint64_t last) noexcept nogil:
     cdef uint64_t i = first, n
+    if s.linked == NULL:
+        return -EFAULT  # not all of it was linked
     if s.there == NULL:
         s.there = <uint32_t *>calloc(s.bytes // p.page, sizeof(uint32_t))
         if s.there == NULL:
@@ -564,6 +605,8 @@ cdef int place_pages(verbs_priv *p, slot *s, uint64_t first, uint64_t last) noex
 # whether what was registered last is what is linked now
 cdef bint unchanged(slot *s, uint64_t first, uint64_t last) noexcept nogil:
     cdef uint64_t i
+    if s.linked == NULL:
+        return last < s.run
     for i in range(first, last + 1):
         if s.linked[i] == 0 or s.held[i] != s.linked[i]:
             return False
@@ -572,7 +615,7 @@ cdef bint unchanged(slot *s, uint64_t first, uint64_t last) noexcept nogil:
 
 cdef bint window_holds(verbs_priv *p, slot *s, uint64_t first, uint64_t last) noexcept nogil:
     cdef uint64_t i
-    for i in range(s.bytes // p.page):
+    for i in range(s.bytes // p.page if s.held != NULL else 0):
         if first <= s.held[i] <= last:
             return True
     return False
@@ -593,7 +636,7 @@ cdef int register_window(verbs_priv *p, slot *s, uint64_t start, uint64_t end) n
     if rc:
         return rc
     if in_order(s, first, last):
-        host = p.arena + (s.linked[first] - 1) * p.page
+        host = p.arena + ((s.first + first if s.linked == NULL else s.linked[first]) - 1) * p.page
     else:
         rc = place_pages(p, s, first, last)
         if rc:
@@ -604,7 +647,7 @@ cdef int register_window(verbs_priv *p, slot *s, uint64_t start, uint64_t end) n
     if rc == -ENOMEM and p.budget:
         evict(p, 0)  # idle registrations are the first to give way
         rc = enter(p, s, host, start, end)
-    if rc == 0:
+    if rc == 0 and s.linked != NULL:
         memcpy(&s.held[first], &s.linked[first], (last - first + 1) * sizeof(uint32_t))
     return rc
 
@@ -681,6 +724,7 @@ cdef int verbs_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint
     cdef verbs_priv *p = priv(dev)
     cdef slot *s = slot_of(p, st.addr.v)
     cdef uint64_t i, first, last, low, high
+    cdef bint whole
     cdef reg *r
     cdef int rc = 0
     if s == NULL or s.kind != WINDOW:
@@ -689,9 +733,16 @@ cdef int verbs_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint
         return -ERANGE
     first = (st.addr.v - s.base + offset) // p.page
     last = (st.addr.v - s.base + offset + size - 1) // p.page
-    for i in range(first, last + 1):
-        if s.linked[i] == 0:
-            return -ENOENT
+    whole = s.linked == NULL and first == 0 and last + 1 == s.run
+    if s.linked == NULL and last >= s.run:
+        return -ENOENT
+    if not whole:
+        rc = keep_pages(p, s)
+        if rc:
+            return rc
+        for i in range(first, last + 1):
+            if s.linked[i] == 0:
+                return -ENOENT
     low, high = s.base + first * p.page, s.base + (last + 1) * p.page
     r = s.regs
     while r != NULL:  # keys are whole or gone: a registration that reaches beyond cannot lose a part
@@ -700,10 +751,14 @@ cdef int verbs_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint
         r = r.next
     if not p.budget:
         rc = leave(p, s, low, high)
-    if rc == 0:
+    if rc:
+        return rc
+    if whole:
+        s.run = 0
+    else:
         memset(&s.linked[first], 0, (last - first + 1) * sizeof(uint32_t))
-        add(&p.n.unlinks, 1)
-    return rc
+    add(&p.n.unlinks, 1)
+    return 0
 
 
 cdef int verbs_free(dma_device *dev, dma_iova_state *st) noexcept nogil:
@@ -712,7 +767,9 @@ cdef int verbs_free(dma_device *dev, dma_iova_state *st) noexcept nogil:
     cdef int rc
     if s == NULL or s.kind != WINDOW:
         return -EINVAL
-    memset(s.linked, 0, s.bytes // p.page * sizeof(uint32_t))
+    s.run = 0
+    if s.linked != NULL:
+        memset(s.linked, 0, s.bytes // p.page * sizeof(uint32_t))
     rc = release(p, s)
     if rc == 0:
         st.addr.v = st.size = 0
@@ -861,6 +918,7 @@ cdef class Verbs:
         self.engine, self.engine_lock = None, threading.Lock()
         p = &self.p
         p.pd, p.mem, p.owner = pd.ptr(), memory.mem, <void *>self
+        p.flat = &memory.flat
         p.arena, p.arena_bytes, p.fd, p.page = memory.arena, memory.size, memory.fd, memory.backing_page
         p.mode, p.by_direction, p.access = MODES[mode], access is None, access or 0
         p.atomic = RA if pd.context.attr["atomic"] else 0

@@ -443,8 +443,9 @@ cdef class Qp:
         self.rsge = <ibv_sge *>calloc(<size_t>(self.recv_depth + 1) * self.max_sge, sizeof(ibv_sge))
         if not (self.wr and self.sge and self.request and self.rwr and self.rsge):
             raise MemoryError("no memory for the queues")
-        self.send_cq.qps[self.c.qp_num] = self.recv_cq.qps[self.c.qp_num] = weakref.ref(self)
-        pd.qps.add(self)
+        me = weakref.ref(self)
+        self.send_cq.qps[self.c.qp_num] = self.recv_cq.qps[self.c.qp_num] = me
+        pd.qps[:] = [*(qp for qp in pd.qps if qp() is not None), me]
         index = pd.context.gid_index()
         # any start will do that differs between queue pairs, so that a stray packet of another connection is told apart
         self.info = QpInfo(self.c.qp_num, self.c.qp_num * 7919 & 0xffffff, dict(pd.context.gids()).get(index, bytes(16)),

@@ -22,7 +22,7 @@ cdef class Pd:
     cdef ibv_pd *c
     cdef object owner
     cdef readonly Context context
-    cdef readonly object qps  # the queue pairs made in it: who may name its regions in outstanding work
+    cdef readonly list qps  # weak references to the queue pairs made in it, which may name its regions in outstanding work
     cdef ibv_pd *ptr(self) except NULL
     cdef object __weakref__
 

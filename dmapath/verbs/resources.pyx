@@ -228,7 +228,7 @@ cdef class Pd:
     """
 
     def __cinit__(self, of=None, *, Context context=None):
-        self.qps = weakref.WeakSet()
+        self.qps = []
         if of is None:
             of = Context()
         if isinstance(of, Context):
@@ -382,7 +382,7 @@ cdef class Mr:
     def in_use(self):
         """How many outstanding work requests of its protection domain name it."""
         key = self.ptr().lkey
-        return sum(qp.names_key(key) for qp in self.pd.qps)
+        return sum([qp().names_key(key) for qp in self.pd.qps if qp() is not None])
 
     def bind(self, Mw mw not None):
         """Called by Qp.bind: a window over this region is bound."""

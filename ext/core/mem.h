@@ -60,21 +60,36 @@ static inline void *phys_mem_host(const struct phys_mem *m, uint64_t phys)
     return e ? (char *)e + (phys & 4095) : NULL;
 }
 
+/* Bytes from phys on, at most len, that lie side by side in this process too, and where; 0: there is no memory. Under the
+ * read lock. */
+static inline uint64_t phys_mem_run(const struct phys_mem *m, uint64_t phys, uint64_t len, char **host)
+{
+    uint64_t n = 4096 - (phys & 4095);
+    *host = (char *)phys_mem_host(m, phys);
+    if (!*host)
+        return 0;
+    while (n < len) {
+        void *const *leaf = phys_mem_leaf(m, phys + n);
+        if (!leaf)
+            break;
+        uint64_t i = ((phys + n) >> 12) & 1023;
+        for (; i < 1024 && n < len; i++, n += 4096)
+            if (((uintptr_t)leaf[i] & ~(uintptr_t)MEM_UNCACHED) != (uintptr_t)*host + n)
+                return n;
+    }
+    return n < len ? n : len;
+}
+
 /* Copy between a buffer and physical memory as the CPU or a coherent device does, under the read lock; returns bytes
  * moved, fewer where memory ends. */
 static inline uint64_t phys_mem_copy(const struct phys_mem *m, uint64_t phys, void *buf, uint64_t len, bool to_mem)
 {
     uint64_t done = 0;
     while (done < len) {
-        uint64_t n = 4096 - ((phys + done) & 4095), left = len - done;
-        char *host = (char *)phys_mem_host(m, phys + done), *mine = (char *)buf + done;
-        if (!host)
+        char *host, *mine = (char *)buf + done;
+        uint64_t n = phys_mem_run(m, phys + done, len - done, &host);
+        if (!n)
             break;
-        /* pages that follow each other here too are one copy */
-        for (void *const *leaf = phys_mem_leaf(m, phys + done); n < left && (phys + done + n) & MEM_LEAF_MASK; n += 4096)
-            if (((uintptr_t)leaf[((phys + done + n) >> 12) & 1023] & ~(uintptr_t)MEM_UNCACHED) != (uintptr_t)host + n)
-                break;
-        n = n < left ? n : left;
         if (to_mem)
             memcpy(host, mine, n);
         else

@@ -351,7 +351,8 @@ def test_bad_arguments(pd: Pd, pair: Pair) -> None:
         with pytest.raises((DmaValueError, VerbsError)):
             call()
     calls: list[Callable[[], object]] = [
-        lambda: first.connect(cast(QpInfo, "me")), lambda: first.post("send", [(1, 2)]), lambda: first.post("send", [object()])]
+        lambda: first.connect(cast(QpInfo, "me")), lambda: first.post("send", [(1, 2)]),
+        lambda: first.post("send", [object()])]
     for call in calls:
         with pytest.raises((AddressTypeError, ValueError)):
             call()
