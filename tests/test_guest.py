@@ -88,8 +88,8 @@ sys.exit(7 if int(disk) == (64 << 20) // 512 and groups else 1)
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    done = subprocess.run([*DMAPATH, "guest", "run", "--memory", "256", "--", "sh", "-c", "echo hello; echo oops >&2; exit 3"],
-                          capture_output=True, text=True, check=False, cwd=tmp_path)  # fmt: skip
+    words = ["guest", "run", "--memory", "256", "--", "sh", "-c", "echo hello; echo oops >&2; exit 3"]
+    done = subprocess.run([*DMAPATH, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (3, "hello\n", "oops\n")
     done = subprocess.run([*DMAPATH, "guest", "prepare"], capture_output=True, text=True, check=False)
     assert done.returncode == 0

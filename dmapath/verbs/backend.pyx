@@ -76,7 +76,7 @@ cdef inline slot *slot_at(verbs_priv *p, uint32_t number) noexcept nogil:
 
 
 # the slot that an address names, if one is in use there
-cdef slot *slot_of(verbs_priv *p, uint64_t addr) noexcept nogil:
+cdef inline slot *slot_of(verbs_priv *p, uint64_t addr) noexcept nogil:
     cdef uint64_t number = (addr >> SLOT_SHIFT) - 1
     cdef slot *s
     if number >= p.nr_slots:
@@ -87,22 +87,29 @@ cdef slot *slot_of(verbs_priv *p, uint64_t addr) noexcept nogil:
     return s
 
 
-# under the lock
-cdef slot *take_slot(verbs_priv *p, int kind, char *like, uint64_t nbytes) noexcept nogil:
+# more slots, under the lock
+cdef bint more_slots(verbs_priv *p) noexcept nogil:
     cdef slot *s
     cdef uint32_t i
-    if p.first_free == 0:
-        if p.nr_slots == CHUNK * CHUNKS:
-            return NULL
-        s = <slot *>calloc(CHUNK, sizeof(slot))
-        if s == NULL:
-            return NULL
-        p.chunks[p.nr_slots // CHUNK] = s
-        for i in range(CHUNK):
-            s[CHUNK - 1 - i].number = p.nr_slots + CHUNK - 1 - i
-            s[CHUNK - 1 - i].next_free = p.first_free
-            p.first_free = p.nr_slots + CHUNK - i  # plus 1: 0 ends the list
-        p.nr_slots += CHUNK
+    if p.nr_slots == CHUNK * CHUNKS:
+        return False
+    s = <slot *>calloc(CHUNK, sizeof(slot))
+    if s == NULL:
+        return False
+    p.chunks[p.nr_slots // CHUNK] = s
+    for i in range(CHUNK, 0, -1):
+        s[i - 1].number = p.nr_slots + i - 1
+        s[i - 1].next_free = p.first_free
+        p.first_free = p.nr_slots + i  # plus 1: 0 ends the list
+    p.nr_slots += CHUNK
+    return True
+
+
+# under the lock
+cdef inline slot *take_slot(verbs_priv *p, int kind, char *like, uint64_t nbytes) noexcept nogil:
+    cdef slot *s
+    if p.first_free == 0 and not more_slots(p):
+        return NULL
     s = slot_at(p, p.first_free - 1)
     p.first_free = s.next_free
     s.kind, s.bytes, s.users = kind, nbytes, 1
@@ -112,7 +119,7 @@ cdef slot *take_slot(verbs_priv *p, int kind, char *like, uint64_t nbytes) noexc
 
 
 # it is all zeros again but for its number, where it lay, and its place in the list
-cdef void drop_slot(verbs_priv *p, slot *s) noexcept nogil:
+cdef inline void drop_slot(verbs_priv *p, slot *s) noexcept nogil:
     s.kind = UNUSED
     s.users = s.indexed = s.doomed = s.window = 0
     s.access = s.first = s.run = 0
@@ -133,7 +140,7 @@ cdef inline unsigned int rights(verbs_priv *p, dma_data_direction dir) noexcept 
     return LW | RW | RR | p.atomic
 
 
-cdef bint fail_now(verbs_priv *p) noexcept nogil:
+cdef inline bint fail_now(verbs_priv *p) noexcept nogil:
     if p.fail_nth:
         p.fail_nth -= 1
         return p.fail_nth == 0
@@ -141,7 +148,7 @@ cdef bint fail_now(verbs_priv *p) noexcept nogil:
 
 
 # register [start, end) of a slot, which lies at host
-cdef int enter(verbs_priv *p, slot *s, char *host, uint64_t start, uint64_t end) noexcept nogil:
+cdef inline int enter(verbs_priv *p, slot *s, char *host, uint64_t start, uint64_t end) noexcept nogil:
     cdef reg *r
     cdef int code
     if fail_now(p):
@@ -163,26 +170,33 @@ cdef int enter(verbs_priv *p, slot *s, char *host, uint64_t start, uint64_t end)
     return 0
 
 
+# undo one registration
+cdef inline int undo(verbs_priv *p, slot *s, reg **at) noexcept nogil:
+    cdef reg *r = at[0]
+    cdef int rc = ibv_dereg_mr(r.mr)
+    if rc:
+        return -rc
+    add(&p.n.deregistrations, 1)
+    add(&p.n.deregistered_bytes, r.end - r.start)
+    at[0] = r.next
+    if r == &s.own:
+        r.mr = NULL
+    else:
+        free(r)
+    return 0
+
+
 # undo the registrations of a slot that touch [start, end): all, or those before the first that is refused
 cdef int leave(verbs_priv *p, slot *s, uint64_t start, uint64_t end) noexcept nogil:
     cdef reg **at = &s.regs
-    cdef reg *r
     cdef int rc
     while at[0] != NULL:
-        r = at[0]
-        if r.start >= end or r.end <= start:
-            at = &r.next
+        if at[0].start >= end or at[0].end <= start:
+            at = &at[0].next
             continue
-        rc = ibv_dereg_mr(r.mr)
+        rc = undo(p, s, at)
         if rc:
-            return -rc
-        add(&p.n.deregistrations, 1)
-        add(&p.n.deregistered_bytes, r.end - r.start)
-        at[0] = r.next
-        if r == &s.own:
-            r.mr = NULL
-        else:
-            free(r)
+            return rc
     return 0
 
 
@@ -194,10 +208,12 @@ cdef reg *reg_over(slot *s, uint64_t start, uint64_t end) noexcept nogil:
 
 
 # everything of a slot that nobody uses: its registrations, its window, itself
-cdef int dissolve(verbs_priv *p, slot *s) noexcept nogil:
-    cdef int rc = leave(p, s, 0, UINT64_MAX)
-    if rc:
-        return rc
+cdef inline int dissolve(verbs_priv *p, slot *s) noexcept nogil:
+    cdef int rc
+    while s.regs != NULL:
+        rc = undo(p, s, &s.regs)
+        if rc:
+            return rc
     if s.kind == WINDOW:
         if s.host != NULL:
             munmap(s.host, s.bytes)
@@ -311,7 +327,7 @@ cdef void evict(verbs_priv *p, uint64_t budget) noexcept nogil:
 
 
 # the user is done with a slot: keep it, or undo it
-cdef int release(verbs_priv *p, slot *s) noexcept nogil:
+cdef inline int release(verbs_priv *p, slot *s) noexcept nogil:
     cdef int rc
     if not p.budget:
         s.users = 0  # nobody else's: from here on its address names nothing
@@ -340,11 +356,16 @@ cdef int release(verbs_priv *p, slot *s) noexcept nogil:
 # ---- where memory is ------------------------------------------------------------------------------------------------
 
 # host address of a physical range, or NULL where there is no memory. *same: up to where it lies side by side here too
-cdef char *host_of(verbs_priv *p, uint64_t phys, uint64_t size, uint64_t *same) noexcept nogil:
-    cdef char *host
-    if p.flat[0] and phys >= p.flat[0] and phys - p.flat[0] < p.arena_bytes and size <= p.arena_bytes - (phys - p.flat[0]):
+cdef inline char *host_of(verbs_priv *p, uint64_t phys, uint64_t size, uint64_t *same) noexcept nogil:
+    cdef uint64_t flat = p.flat[0], at = phys - flat
+    if flat and at < p.arena_bytes and size <= p.arena_bytes - at:
         same[0] = size
-        return p.arena + (phys - p.flat[0])
+        return p.arena + at
+    return host_of_any(p, phys, size, same)
+
+
+cdef char *host_of_any(verbs_priv *p, uint64_t phys, uint64_t size, uint64_t *same) noexcept nogil:
+    cdef char *host
     phys_mem_read_lock(p.mem)
     same[0] = phys_mem_run(p.mem, phys, size, &host)
     phys_mem_read_unlock(p.mem)
@@ -357,7 +378,7 @@ cdef inline bint in_arena(verbs_priv *p, const char *host, uint64_t size) noexce
 
 # ---- ranges ---------------------------------------------------------------------------------------------------------
 
-cdef int new_range(verbs_priv *p, char *host, uint64_t size, unsigned int access, bint cached, slot **out) noexcept nogil:
+cdef inline int new_range(verbs_priv *p, char *host, uint64_t size, unsigned int access, bint cached, slot **out) noexcept nogil:
     cdef uint64_t pad = <uint64_t>host & (p.page - 1), nbytes = (pad + size + p.page - 1) & ~(p.page - 1)
     cdef slot *s
     cdef int rc

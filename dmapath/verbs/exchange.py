@@ -20,13 +20,16 @@ def tell(sock: socket.socket, words: dict[str, Any]) -> dict[str, Any]:
 
     Raises VerbsError (ECONNRESET) where the other side goes away, DmaValueError where it says something else.
     """
-    sock.sendall(json.dumps(words).encode() + b"\n")
     line = bytearray()
-    while not line.endswith(b"\n"):
-        byte = sock.recv(1)  # no more than the line: what follows is not ours
-        if not byte:
-            raise VerbsError("the other side closed the connection", errno=104, argument="sock", value=sock.fileno())
-        line += byte
+    try:
+        sock.sendall(json.dumps(words).encode() + b"\n")
+        while not line.endswith(b"\n"):
+            byte = sock.recv(1)  # no more than the line: what follows is not ours
+            if not byte:
+                raise ConnectionResetError
+            line += byte
+    except ConnectionError:
+        raise VerbsError("the other side closed the connection", errno=104, argument="sock", value=sock.fileno()) from None
     try:
         answer = json.loads(line)
     except ValueError:

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What a C program does without dmapath: the peer of its measurements. Times are CLOCK_MONOTONIC nanoseconds. */
+/* What a C program does without dmapath: the peer of its measurements. Times are nanoseconds, of CLOCK_MONOTONIC where nothing else is said. */
 #ifndef DMAPATH_VERBS_PLAIN_H
 #define DMAPATH_VERBS_PLAIN_H
 
@@ -21,7 +21,8 @@ struct plain_write {
 };
 /* Build, post and poll one batch: ns in all, or -errno (-EIO: a completion failed). The work requests are the caller's room. */
 int64_t plain_write_batch(const struct plain_write *, struct ibv_send_wr *, struct ibv_sge *);
-/* The three parts apart: ns of building, of posting, and of one poll that finds the completion (which it waits for before). */
+/* The three parts apart, in this thread's processor time: ns of building, of posting, and of the one poll that finds the
+ * completion after a pause. */
 int plain_write_parts(const struct plain_write *, struct ibv_send_wr *, struct ibv_sge *, uint64_t wait_ns, uint64_t out[3]);
 
 #endif

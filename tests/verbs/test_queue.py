@@ -344,10 +344,11 @@ def test_poll_gives_what_failed_too(pd: Pd, pair: Pair) -> None:
 
 def test_bad_arguments(pd: Pd, pair: Pair) -> None:
     first = pair[0]
-    for call in (
+    wrong: list[Callable[[], object]] = [
         lambda: first.post("wrote", []), lambda: first.connect(first.info, mtu=4000), lambda: QpInfo.from_json("{}"),
         lambda: Qp(pd, max_send_wr=0), lambda: Qp(pd, max_send_wr=1 << 30), lambda: Cq(pd.context, 1 << 30),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for call in wrong:
         with pytest.raises((DmaValueError, VerbsError)):
             call()
     calls: list[Callable[[], object]] = [
