@@ -47,7 +47,7 @@ cdef struct verbs_priv:
     char *arena
     uint64_t arena_bytes, page  # bytes of the memfd's pages, which are what a window is made of
     const uint64_t *flat  # PhysMemory.flat
-    int fd, mode
+    int fd, mode, shift   # a page is 1 << shift bytes
     unsigned int access, atomic
     bint by_direction
     uint64_t max_mr

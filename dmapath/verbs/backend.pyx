@@ -506,7 +506,7 @@ cdef slot *new_window(verbs_priv *p, char *like, uint64_t nbytes) noexcept nogil
 
 # keep each page of a window from now on
 cdef int keep_pages(verbs_priv *p, slot *s) noexcept nogil:
-    cdef uint64_t n = s.bytes // p.page, i
+    cdef uint64_t n = (s.bytes >> p.shift), i
     if s.linked != NULL:
         return 0
     s.linked = <uint32_t *>calloc(2 * n, sizeof(uint32_t))
@@ -520,7 +520,7 @@ cdef int keep_pages(verbs_priv *p, slot *s) noexcept nogil:
 
 # note [at, at + size) of a window as long as its pages follow each other: True: done
 cdef bint link_run(verbs_priv *p, slot *s, uint64_t phys, uint64_t at, uint64_t size) noexcept nogil:
-    cdef uint64_t same = 0, i = at // p.page
+    cdef uint64_t same = 0, i = (at >> p.shift)
     cdef uint32_t page
     cdef char *host
     if p.budget or s.linked != NULL or i != s.run:
@@ -528,15 +528,15 @@ cdef bint link_run(verbs_priv *p, slot *s, uint64_t phys, uint64_t at, uint64_t 
     host = host_of(p, phys, size, &same)
     if host == NULL or same < size or not in_arena(p, host, size):
         return False
-    page = <uint32_t>((host - p.arena) // p.page) + 1 - <uint32_t>i
+    page = <uint32_t>(((host - p.arena) >> p.shift)) + 1 - <uint32_t>i
     if i and page != s.first:
         return False
-    s.first, s.run = page, <uint32_t>((at + size - 1) // p.page) + 1
+    s.first, s.run = page, <uint32_t>(((at + size - 1) >> p.shift)) + 1
     return True
 
 
 cdef int link_pages(verbs_priv *p, slot *s, uint64_t phys, uint64_t at, uint64_t size) noexcept nogil:
-    cdef uint64_t i = at // p.page, first = i, last = (at + size - 1) // p.page
+    cdef uint64_t i = (at >> p.shift), first = i, last = ((at + size - 1) >> p.shift)
     cdef char *host
     cdef int rc
     if link_run(p, s, phys, at, size):
@@ -555,7 +555,7 @@ cdef int link_pages(verbs_priv *p, slot *s, uint64_t phys, uint64_t at, uint64_t
             rc = -EADDRINUSE
         if rc:
             break
-        s.linked[i] = <uint32_t>((host - p.arena) // p.page) + 1
+        s.linked[i] = <uint32_t>(((host - p.arena) >> p.shift)) + 1
         phys = (phys & ~(p.page - 1)) + p.page
         i += 1
     phys_mem_read_unlock(p.mem)
@@ -598,7 +598,7 @@ cdef int place_pages(verbs_priv *p, slot *s, uint64_t first, uint64_t last) noex
     if s.linked == NULL:
         return -EFAULT  # not all of it was linked
     if s.there == NULL:
-        s.there = <uint32_t *>calloc(s.bytes // p.page, sizeof(uint32_t))
+        s.there = <uint32_t *>calloc((s.bytes >> p.shift), sizeof(uint32_t))
         if s.there == NULL:
             return -ENOMEM
     if s.host == NULL:
@@ -636,7 +636,7 @@ cdef bint unchanged(slot *s, uint64_t first, uint64_t last) noexcept nogil:
 
 cdef bint window_holds(verbs_priv *p, slot *s, uint64_t first, uint64_t last) noexcept nogil:
     cdef uint64_t i
-    for i in range(s.bytes // p.page if s.held != NULL else 0):
+    for i in range((s.bytes >> p.shift) if s.held != NULL else 0):
         if first <= s.held[i] <= last:
             return True
     return False
@@ -644,7 +644,7 @@ cdef bint window_holds(verbs_priv *p, slot *s, uint64_t first, uint64_t last) no
 
 # make [start, end) of a window one registration, unless it is in one already
 cdef int register_window(verbs_priv *p, slot *s, uint64_t start, uint64_t end) noexcept nogil:
-    cdef uint64_t first = (start - s.base) // p.page, last = (end - 1 - s.base) // p.page
+    cdef uint64_t first = ((start - s.base) >> p.shift), last = ((end - 1 - s.base) >> p.shift)
     cdef char *host
     cdef int rc
     if reg_over(s, start, end) != NULL and unchanged(s, first, last):
@@ -686,7 +686,7 @@ cdef int verbs_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, 
         return 0
     host = host_of(p, phys.v, 1, &same)
     if p.budget and host != NULL and in_arena(p, host, 1):
-        page = <uint32_t>((host - p.arena) // p.page) + 1
+        page = <uint32_t>(((host - p.arena) >> p.shift)) + 1
         s = idle_window(p, page, nbytes)
     if s == NULL:
         s = new_window(p, host, nbytes)
@@ -752,8 +752,8 @@ cdef int verbs_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint
         return -EINVAL
     if size == 0 or offset > st.size or size > st.size - offset:
         return -ERANGE
-    first = (st.addr.v - s.base + offset) // p.page
-    last = (st.addr.v - s.base + offset + size - 1) // p.page
+    first = ((st.addr.v - s.base + offset) >> p.shift)
+    last = ((st.addr.v - s.base + offset + size - 1) >> p.shift)
     whole = s.linked == NULL and first == 0 and last + 1 == s.run
     if s.linked == NULL and last >= s.run:
         return -ENOENT
@@ -790,7 +790,7 @@ cdef int verbs_free(dma_device *dev, dma_iova_state *st) noexcept nogil:
         return -EINVAL
     s.run = 0
     if s.linked != NULL:
-        memset(s.linked, 0, s.bytes // p.page * sizeof(uint32_t))
+        memset(s.linked, 0, (s.bytes >> p.shift) * sizeof(uint32_t))
     rc = release(p, s)
     if rc == 0:
         st.addr.v = st.size = 0
@@ -823,7 +823,7 @@ cdef int verbs_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
     cdef unsigned int access = rights(p, dir)
     cdef char *host
     cdef slot *s = NULL
-    cdef int rc
+    cdef int rc = 0
     out.v = UINT64_MAX
     if dir == DMA_NONE or size == 0:
         return -EINVAL
@@ -846,7 +846,7 @@ cdef int verbs_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
         if p.budget:
             add(&p.n.uncacheable, 1)
         rc = new_range(p, host, size, access, False, &s)
-    if p.mode != DIRECT and rc:
+    if rc:
         return rc
     out.v = s.base + (phys.v & (p.page - 1)) if s.window else s.base + <uint64_t>(host - s.host)
     add(&p.n.maps, 1)
@@ -941,6 +941,7 @@ cdef class Verbs:
         p.pd, p.mem, p.owner = pd.ptr(), memory.mem, <void *>self
         p.flat = &memory.flat
         p.arena, p.arena_bytes, p.fd, p.page = memory.arena, memory.size, memory.fd, memory.backing_page
+        p.shift = memory.backing_page.bit_length() - 1
         p.mode, p.by_direction, p.access = MODES[mode], access is None, access or 0
         p.atomic = RA if pd.context.attr["atomic"] else 0
         p.max_mr = pd.context.attr["max_mr_size"]
@@ -1076,7 +1077,7 @@ cdef class Verbs:
         cdef char *low = self.p.arena + offset
         cdef slot *gone
         cdef slot *s
-        cdef uint64_t first = offset // self.p.page + 1, last = (offset + length - 1) // self.p.page + 1
+        cdef uint64_t first = (offset >> self.p.shift) + 1, last = ((offset + length - 1) >> self.p.shift) + 1
         cdef uint32_t i
         lock_acquire(&self.p.lk)
         gone = supersede(&self.p, low, low + length)
