@@ -54,15 +54,19 @@ cdef int request_once(dma_device *dev, Mappable rq, dma_policy policy, uint64_t 
     return rc
 
 
-# the request's first vector alone, by the classic calls
-cdef int call_once(dma_device *dev, Mappable rq, uint64_t *map_ns, uint64_t *unmap_ns) noexcept nogil:
-    cdef dma_addr_t addr
+# each vector of the request by itself, by the classic calls
+cdef int calls_once(dma_device *dev, Mappable rq, dma_addr_t *addrs, uint64_t *map_ns, uint64_t *unmap_ns) noexcept nogil:
     cdef uint64_t t0 = now_ns(), t1
-    cdef int rc = dma_map_phys(dev, rq.vecs_[0].paddr, rq.vecs_[0].len, rq.rq.dir, 0, &addr)
-    if rc:
-        return rc
+    cdef uint32_t i, n = rq.nr
+    cdef int rc = 0
+    for i in range(n):
+        rc = dma_map_phys(dev, rq.vecs_[i].paddr, rq.vecs_[i].len, rq.rq.dir, 0, &addrs[i])
+        if rc:
+            n = i
+            break
     t1 = now_ns()
-    rc = dma_unmap_phys(dev, addr, rq.vecs_[0].len, rq.rq.dir, 0)
+    for i in range(n):
+        rc |= dma_unmap_phys(dev, addrs[i], rq.vecs_[i].len, rq.rq.dir, 0)
     unmap_ns[0] = now_ns() - t1
     map_ns[0] = t1 - t0
     return rc
@@ -70,17 +74,20 @@ cdef int call_once(dma_device *dev, Mappable rq, uint64_t *map_ns, uint64_t *unm
 
 def time_request(Device dev not None, Mappable rq not None, policy, int rounds):
     """Median nanoseconds of mapping (start and all segments) and of unmapping a request: (map_ns, unmap_ns). By policy "none"
-    its first vector alone is mapped, by dma_map_phys and dma_unmap_phys."""
+    its vectors are mapped one by one, by dma_map_phys and dma_unmap_phys."""
     cdef dma_policy p = DMA_POLICY_LINUX if policy == "linux" else DMA_POLICY_UNIFIED
     cdef bint alone = policy == "none"
+    cdef dma_addr_t *addrs = <dma_addr_t *>malloc(rq.nr * sizeof(dma_addr_t))
     cdef uint64_t *t = <uint64_t *>malloc(2 * rounds * sizeof(uint64_t))
     cdef int i, rc = 0
-    if t == NULL:
+    if t == NULL or addrs == NULL:
+        free(t)
+        free(addrs)
         raise MemoryError("no memory for the times")
     with nogil:
         for i in range(rounds):
             if alone:
-                rc = call_once(&dev.c, rq, &t[i], &t[rounds + i])
+                rc = calls_once(&dev.c, rq, addrs, &t[i], &t[rounds + i])
             else:
                 rc = request_once(&dev.c, rq, p, &t[i], &t[rounds + i])
             if rc:
@@ -91,6 +98,7 @@ def time_request(Device dev not None, Mappable rq not None, policy, int rounds):
         return sorted(t[i] for i in range(rounds))[rounds // 2], sorted(t[rounds + i] for i in range(rounds))[rounds // 2]
     finally:
         free(t)
+        free(addrs)
 
 
 # ---- operations of scripts/bench: each a function of its own, so that callgrind can collect inside it alone ---------

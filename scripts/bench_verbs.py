@@ -1,7 +1,8 @@
 """What real RDMA costs through dmapath, beside plain C, pyverbs and perftest in the same run. Run by scripts/bench --verbs.
 
-It runs in a guest whose clock counts instructions (QEMU's -icount): 1 ns is one instruction, and call costs repeat. Throughput
-does not: soft-RoCE's kernel threads and the poller take turns, so bandwidths are interleaved medians with their spread.
+It runs in a guest whose clock counts instructions (QEMU's -icount): 1 ns is one instruction, and call costs repeat.
+Throughput does not: soft-RoCE's kernel threads and the poller take turns, so bandwidths are interleaved medians with their
+spread.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -52,8 +54,8 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
 
 def registration(pd: Pd) -> None:
     """Register and deregister, plain C and through the back end in turn; and what Python callers pay."""
-    t = table("register and deregister, instructions (thousands)", "bytes", "plain C", "map_phys", "ratio", "request", "ratio",
-              "linear", "ratio", "dev.map()", "Mr()", "pyverbs")  # fmt: skip
+    t = table("register and deregister, instructions (thousands)", "bytes", "plain C", "map_phys", "ratio", "request",
+              "ratio", "linear", "ratio", "dev.map()", "Mr()", "pyverbs")  # fmt: skip
     from pyverbs.device import Context as TheirContext
     from pyverbs.mr import MR
     from pyverbs.pd import PD
@@ -117,7 +119,7 @@ def scattered(pd: Pd) -> None:
 
 
 def own_time() -> int:
-    """This thread's processor time: the device's kernel threads, which run in the midst of calls, are not in it."""
+    """Processor time of this thread: the device's kernel threads, which run in the midst of calls, are not in it."""
     return time.clock_gettime_ns(time.CLOCK_THREAD_CPUTIME_ID)
 
 
@@ -189,7 +191,7 @@ def _pyverbs_calls(pd: Pd, n: int) -> float:
 
     def once() -> float:
         start = own_time()
-        chain = []  # it keeps no reference from one to the next
+        chain: list[Any] = []  # it keeps no reference from one to the next
         for i in range(n):
             sge = SGE(mr.buf, 64, mr.lkey)
             flags = e.IBV_SEND_SIGNALED  # all of them, as its own examples do
@@ -218,8 +220,8 @@ def bandwidth(pd: Pd) -> None:
     """RDMA WRITE throughput: plain C, dmapath and ib_write_bw in turn."""
     pair = loopback(pd, max_send_wr=128)
     buf = bytearray(2 << 20)
-    t = table("RDMA WRITE, MB per second of the guest's clock: medians (least to most)", "bytes", "plain C", "dmapath", "of C",
-              "ib_write_bw", "dmapath of it")  # fmt: skip
+    t = table("RDMA WRITE, MB per second of the guest's clock: medians (least to most)", "bytes", "plain C", "dmapath",
+              "of C", "ib_write_bw", "dmapath of it")  # fmt: skip
     with Mr(pd, buf, access=LOCAL_WRITE | REMOTE_ALL) as mr:
         for size, n in ((PAGE, 64), (64 << 10, 32), (1 << 20, 8)):
             where = {"addr": int(mr.addr), "lkey": mr.lkey, "remote_addr": int(mr.addr) + (1 << 20), "rkey": mr.rkey,
@@ -244,8 +246,8 @@ def bandwidth(pd: Pd) -> None:
 
 def _perftest(pd: Pd, size: int, rounds: int) -> list[float]:
     """What ib_write_bw says, in MB (10**6) per second; nothing where it did not finish (it prints 0.00 at times)."""
-    words = ["ib_write_bw", "-d", pd.context.name, "-x", str(pd.context.gid_index()), "-s", str(size), "-n", str(max(rounds, 5)),
-             "-F", "--report_gbits"]  # fmt: skip
+    words = ["ib_write_bw", "-d", pd.context.name, "-x", str(pd.context.gid_index()), "-s", str(size), "-n",
+             str(max(rounds, 5)), "-F", "--report_gbits"]  # fmt: skip
     try:
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
             try:

@@ -52,6 +52,50 @@ def test_compare_to_standard_output_is_json_alone() -> None:
     assert len(json.loads(run("compare", "--json", "-").stdout)["rows"]) == 60
 
 
+REG_KEYS = ["backend", "method", "size", "align", "scatter", "page_size", "access", "threads", "error", "ranges",
+            "registrations", "lkeys", "sges", "pinned_bytes", "reg_ns", "dereg_ns", "modelled_ns", "ns_per_page", "ns_per_byte"]  # fmt: skip
+
+
+def test_registering_on_the_simulated_iommu(tmp_path: Path) -> None:
+    svg = tmp_path / "reg.svg"
+    words = ("reg", "--backend", "sim", "--sizes", "4K..1M", "--align", "0,512")
+    data = json.loads(run(*words, "--scatter", "contiguous,pages,random", "--json", "-", "--plot", str(svg)).stdout)
+    assert svg.read_text().lstrip().startswith("<?xml")
+    rows = {(r["size"], r["align"], r["scatter"], r["method"]): r for r in data["rows"]}
+    assert len(rows) == 5 * 2 * 3 * 4
+    assert {size for size, *_ in rows} == {4096, 16384, 65536, 262144, 1 << 20}
+    one, each = rows[65536, 512, "random", "linear"], rows[65536, 512, "random", "per-range"]
+    assert list(one) == REG_KEYS
+    assert (one["ranges"], one["registrations"], one["lkeys"]) == (17, 1, 1)
+    assert (each["registrations"], rows[65536, 0, "contiguous", "linear"]["sges"]) == (17, 1)
+    assert one["modelled_ns"] < each["modelled_ns"]
+    assert all("nothing to keep" in r["error"] for key, r in rows.items() if key[3] == "cache")
+    assert "modelled us" in run("reg", "--backend", "sim", "--sizes", "4K", "--method", "linear").stdout
+
+
+def test_doctor_says_what_is_there_and_what_to_do() -> None:
+    found = {f["what"]: f for f in json.loads(run("doctor", "--json").stdout)}
+    wanted = {"pyverbs", "memlock limit", "huge pages", "kernel", "IOMMU", "guests", "guest kernel 6.1", "guest speed"}
+    assert wanted <= set(found)
+    assert all(set(f) == {"what", "state", "advice"} for f in found.values())
+    text = run("doctor").stdout
+    assert "memlock limit" in text
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("reg", "--sizes", "4Q"), ("reg", "--align", "4096", "--backend", "sim"), ("reg", "--method", "magic"),
+        ("reg", "--scatter", "wide"), ("reg", "--access", "root"), ("reg", "--plot", "x.txt"), ("reg", "--sizes", "0"),
+        ("compare", "--backend", "verbs", "--plot", "x.svg"), ("guest", "run"),
+        ("guest", "run", "--iommu", "no", "--", "true"), ("guest", "run", "--kernel", "/nowhere", "--", "true"),
+        ("rxe", "frobnicate"), ("ping", "--align", "5000"),
+    ],
+)  # fmt: skip
+def test_bad_words_about_real_rdma(args: tuple[str, ...]) -> None:
+    assert "rror" in run(*args, code=2).stderr
+
+
 @pytest.mark.parametrize("args", [("--plot", "figure.txt"), ("--json", "/nowhere/x.json")])
 def test_compare_refuses_bad_files(args: tuple[str, str]) -> None:
     assert args[1] in run("compare", *args, code=2).stderr or "--plot" in args

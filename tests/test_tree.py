@@ -90,9 +90,10 @@ HOT = {
                        "iommu_unlink", "iommu_free", "iommu_map_phys", "iommu_unmap_phys", "iommu_access"],
     "backends/direct": ["direct_map_phys", "direct_unmap_phys", "direct_map_sg", "direct_access"],
     "backends/grant": ["map_run", "unmap_run", "grant_access"],
-    "verbs/backend": ["take_slot", "enter", "undo", "leave", "dissolve", "release", "new_range", "cached_range", "find_cached",
-                      "idle_window", "link_run", "link_pages", "place_pages", "register_window", "verbs_try_alloc", "verbs_link",
-                      "verbs_sync", "verbs_unlink", "verbs_free", "verbs_map_phys", "verbs_unmap_phys", "verbs_keys_of"],
+    "verbs/backend": ["take_slot", "enter", "undo", "leave", "dissolve", "release", "new_range", "cached_range",
+                      "find_cached", "idle_window", "link_run", "link_pages", "place_pages", "register_window",
+                      "verbs_try_alloc", "verbs_link", "verbs_sync", "verbs_unlink", "verbs_free", "verbs_map_phys",
+                      "verbs_unmap_phys", "verbs_keys_of"],
     "hmm": ["hmm_dma_map_alloc", "hmm_dma_map_pfn", "hmm_dma_unmap_pfn"],
 }  # fmt: skip
 

@@ -116,7 +116,7 @@ def run(
     timeout : float
         Seconds after which the guest is ended and GuestError raised.
     icount : bool
-        The guest's clock counts instructions (1000 to the microsecond), so that its timings repeat. It has one processor then.
+        The guest's clock counts instructions (1000 to the microsecond), so that its timings repeat; one processor.
     cable, side : (str, str), 0 or 1
         Sockets of this guest's and another's network card, and which of ADDRESSES is its own: see ``run_pair``.
     out, err : callable(bytes)

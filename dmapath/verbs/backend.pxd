@@ -19,7 +19,8 @@ cdef struct reg:
 cdef struct slot:
     uint8_t kind, indexed, doomed, window
     uint32_t number, users, next_free
-    uint32_t first, run   # window whose pages follow each other in the arena, and for which no more is kept: the first, plus 1,
+    uint32_t first,
+    run   # window whose pages follow each other in the arena, and for which no more is kept: the first, plus 1,
                           # and how many
     unsigned int access
     uint64_t base         # DMA address of its first byte

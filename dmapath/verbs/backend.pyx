@@ -378,7 +378,8 @@ cdef inline bint in_arena(verbs_priv *p, const char *host, uint64_t size) noexce
 
 # ---- ranges ---------------------------------------------------------------------------------------------------------
 
-cdef inline int new_range(verbs_priv *p, char *host, uint64_t size, unsigned int access, bint cached, slot **out) noexcept nogil:
+cdef inline int new_range(verbs_priv *p, char *host, uint64_t size, unsigned int access, bint cached,
+                          slot **out) noexcept nogil:
     cdef uint64_t pad = <uint64_t>host & (p.page - 1), nbytes = (pad + size + p.page - 1) & ~(p.page - 1)
     cdef slot *s
     cdef int rc
