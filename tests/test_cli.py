@@ -53,7 +53,8 @@ def test_compare_to_standard_output_is_json_alone() -> None:
 
 
 REG_KEYS = ["backend", "method", "size", "align", "scatter", "page_size", "access", "threads", "error", "ranges",
-            "registrations", "lkeys", "sges", "pinned_bytes", "reg_ns", "dereg_ns", "modelled_ns", "ns_per_page", "ns_per_byte"]  # fmt: skip
+            "registrations", "lkeys", "sges", "pinned_bytes", "reg_ns", "dereg_ns", "modelled_ns", "ns_per_page",
+            "ns_per_byte"]  # fmt: skip
 
 
 def test_registering_on_the_simulated_iommu(tmp_path: Path) -> None:

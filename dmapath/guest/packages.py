@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 
 #: Debian package -> what shows that it is there.
 GUEST_TOOLS = {"qemu-system-x86": "qemu-system-x86_64", "busybox-static": "busybox"}
-RXE_TOOLS = {"iproute2": "rdma", "ibverbs-providers": "/usr/lib/x86_64-linux-gnu/libibverbs", "rdma-core": "/etc/rdma"}
+RXE_TOOLS = {"iproute2": "rdma", "ibverbs-providers": "/usr/lib/x86_64-linux-gnu/libibverbs"}
 
 
 def cache_dir() -> Path:
