@@ -4,6 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from dmapath._clock cimport now_ns
 from dmapath.abi cimport (
     DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMA_TO_DEVICE, dma_addr_t, dma_device,
     dma_fault, dma_iova_destroy, dma_iova_link, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_map_iter,
@@ -18,19 +19,6 @@ from dmapath.errors import DmaError, DmaValueError
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t, size_t)
-
-cdef extern from "<time.h>" nogil:
-    struct timespec:
-        long tv_sec
-        long tv_nsec
-    int clock_gettime(int, timespec *)
-    int CLOCK_MONOTONIC
-
-
-cdef inline uint64_t now_ns() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
 
 
 cdef int request_once(dma_device *dev, Mappable rq, dma_policy policy, uint64_t *map_ns,
@@ -55,7 +43,8 @@ cdef int request_once(dma_device *dev, Mappable rq, dma_policy policy, uint64_t 
 
 
 # each vector of the request by itself, by the classic calls
-cdef int calls_once(dma_device *dev, Mappable rq, dma_addr_t *addrs, uint64_t *map_ns, uint64_t *unmap_ns) noexcept nogil:
+cdef int calls_once(dma_device *dev, Mappable rq, dma_addr_t *addrs, uint64_t *map_ns,
+                    uint64_t *unmap_ns) noexcept nogil:
     cdef uint64_t t0 = now_ns(), t1
     cdef uint32_t i, n = rq.nr
     cdef int rc = 0
@@ -73,8 +62,8 @@ cdef int calls_once(dma_device *dev, Mappable rq, dma_addr_t *addrs, uint64_t *m
 
 
 def time_request(Device dev not None, Mappable rq not None, policy, int rounds):
-    """Median nanoseconds of mapping (start and all segments) and of unmapping a request: (map_ns, unmap_ns). By policy "none"
-    its vectors are mapped one by one, by dma_map_phys and dma_unmap_phys."""
+    """Median nanoseconds of mapping (start and all segments) and of unmapping a request: (map_ns, unmap_ns). By policy
+    "none" its vectors are mapped one by one, by dma_map_phys and dma_unmap_phys."""
     cdef dma_policy p = DMA_POLICY_LINUX if policy == "linux" else DMA_POLICY_UNIFIED
     cdef bint alone = policy == "none"
     cdef dma_addr_t *addrs = <dma_addr_t *>malloc(rq.nr * sizeof(dma_addr_t))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from dmapath._version import __version__
 from dmapath.backends.grant import GrantTable
 from dmapath.backends.iommu import Iommu
 from dmapath.bio import Bio
+from dmapath.cli_common import Number, draw, picture, write
 from dmapath.cli_guest import KERNEL_OPTION, doctor, guest, rxe
 from dmapath.cli_verbs import compare_on_verbs, needs_a_device, ping, reg
 from dmapath.device import Device
@@ -38,21 +38,6 @@ __all__ = ["main"]
 
 _OPS = {"to": "write", "from": "read"}
 _PEERS = ("bus", "host-bridge", "none")
-
-
-class Number(click.ParamType[int]):
-    """An integer: decimal or 0x hex, with an optional K, M or G (powers of 1024)."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it, or fail with exit code 2."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(0[xX][0-9a-fA-F]+|\d+)([KMG]?)", value)
-        if match is None:
-            self.fail(f"{value!r} is no number (12, 0x1000, 64K)", param, ctx)
-        return int(match[1], 0) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
 class Range(click.ParamType[tuple[int, int]]):
@@ -172,8 +157,7 @@ def compare(json_path: str | None, plot_path: str | None, backend: str, host: bo
         needs_a_device(host, kernel, [json_path])
         compare_on_verbs(json_path)
         return
-    if plot_path is not None and not plot_path.endswith((".png", ".svg")):
-        raise click.UsageError("--plot wants a name that ends in .png or .svg")
+    picture(plot_path)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("mapping", total=1)
         rows = compare_mod.rows(lambda done, of: bar.update(task, completed=done, total=of))
@@ -183,35 +167,16 @@ def compare(json_path: str | None, plot_path: str | None, backend: str, host: bo
         click.echo(text)
     else:
         if json_path is not None:
-            _write(json_path, text + "\n")
+            write(json_path, text + "\n")
         console = _console()
         _six_table(console, six)
         _compare_table(console, rows)
         for sentence in compare_mod.sentences(rows):
             console.print(sentence, highlight=False)
     if plot_path is not None:
-        _plot(rows, plot_path)
+        draw("plot_compare", rows, plot_path)
     if not all(r["verified"] for r in rows) or any(r["verified"] is False for r in six):
         sys.exit(1)
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        with open(path, "w") as f:
-            f.write(text)
-    except OSError as e:
-        raise click.UsageError(f"cannot write {path}: {e.strerror}") from None
-
-
-def _plot(rows: list[dict[str, Any]], path: str) -> None:
-    try:
-        from dmapath.plot import plot_compare
-
-        plot_compare(rows, path)
-    except ImportError:
-        raise click.UsageError("--plot needs matplotlib: pip install 'dmapath[plot]'") from None
-    except OSError as e:
-        raise click.UsageError(f"cannot write {path}: {e.strerror}") from None
 
 
 # ---- explain ------------------------------------------------------------------------------------------------------
@@ -347,7 +312,7 @@ def replay(traces: tuple[str, ...], as_json: bool, trace_out: str | None) -> Non
         except UnicodeDecodeError as e:
             raise click.UsageError(f"{path}: not text: {e.reason} at byte {e.start}") from None
     if trace_out is not None:
-        _write(trace_out, reports[0].traced)
+        write(trace_out, reports[0].traced)
     if as_json:
         click.echo(json.dumps({"version": 1, "traces": [r.to_dict() for r in reports]}, indent=1))
     else:

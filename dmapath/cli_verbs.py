@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dmapath import reg as reg_mod
+from dmapath.cli_common import Number, draw, picture, write
 from dmapath.cli_guest import KERNEL_OPTION, in_a_guest, plain_errors
 from dmapath.errors import DmaError
 from dmapath.mr import LOCAL_WRITE, MW_BIND, REMOTE_ATOMIC, REMOTE_READ, REMOTE_WRITE
@@ -60,19 +60,13 @@ class Sizes(click.ParamType[list[int]]):
             return value
         out: list[int] = []
         for part in value.split(","):
-            ends = [self._number(word, param, ctx) for word in part.split("..", 1)]
+            ends = [Number().convert(word, param, ctx) for word in part.split("..", 1)]
             out.append(ends[0])
             while len(ends) == 2 and out[-1] * 4 <= ends[1]:
                 out.append(out[-1] * 4)
             if len(ends) == 2 and out[-1] != ends[1]:
                 out.append(ends[1])
         return out
-
-    def _number(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(0x[0-9a-fA-F]+|\d+)([KMG]?)", word.strip())
-        if match is None:
-            self.fail(f"{word!r} is no number (12, 0x1000, 64K)", param, ctx)
-        return int(match[1], 0) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
 class Names(click.ParamType[list[str]]):
@@ -112,10 +106,7 @@ def _write_json(path: str | None, data: dict[str, Any]) -> bool:
     if path == "-":
         click.echo(text)
         return True
-    try:
-        Path(path).write_text(text + "\n")
-    except OSError as e:
-        raise click.UsageError(f"cannot write {path}: {e.strerror}") from None
+    write(path, text + "\n")
     return False
 
 
@@ -155,8 +146,7 @@ def reg(
     plot_path: str | None,
 ) -> None:  # fmt: skip
     """What registering memory costs: time to register and deregister, keys, entries of a work request, bytes pinned."""
-    if plot_path is not None and not plot_path.endswith((".png", ".svg")):
-        raise click.UsageError("--plot wants a name that ends in .png or .svg")
+    picture(plot_path)
     if any(n <= 0 for n in sizes) or any(a >= 4096 for a in aligns):
         raise click.UsageError("--sizes wants positive numbers, --align numbers below 4096")
     if backend == "verbs":
@@ -171,7 +161,7 @@ def reg(
     if not _write_json(json_path, reg_mod.json_object(out)):
         _reg_table(out, backend, icount or "DMAPATH_ICOUNT" in os.environ)
     if plot_path is not None:
-        _plot(out, plot_path)
+        draw("plot_reg", out, plot_path)
 
 
 def _reg_table(out: list[dict[str, Any]], backend: str, icount: bool) -> None:
@@ -209,17 +199,6 @@ def _reg_table(out: list[dict[str, Any]], backend: str, icount: bool) -> None:
         click.echo(
             "reg, dereg: what mapping took here, medians. modelled: hardware time from published costs (dmapath.costs)."
         )
-
-
-def _plot(out: list[dict[str, Any]], path: str) -> None:
-    try:
-        from dmapath.plot import plot_reg
-
-        plot_reg(out, path)
-    except ImportError:
-        raise click.UsageError("--plot needs matplotlib: pip install 'dmapath[plot]'") from None
-    except OSError as e:
-        raise click.UsageError(f"cannot write {path}: {e.strerror}") from None
 
 
 # ---- ping -----------------------------------------------------------------------------------------------------------

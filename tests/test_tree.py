@@ -19,7 +19,7 @@ SRC = Path(os.environ.get("DMAPATH_SRC", HERE.parent))
 
 #: Layers from the bottom up; a module may use its own layer and those below. Nobody below knows a backend's insides.
 LAYERS = [
-    ["_version", "errors", "addr", "abi", "_core", "costs", "verbs.ibv"],
+    ["_version", "errors", "addr", "abi", "_core", "_clock", "costs", "verbs.ibv"],
     ["request", "memory", "backends.base", "verbs.bridge", "guest.packages"],
     ["swiotlb", "pci", "xen", "tap"],
     ["backends.direct", "backends.iommu", "backends.grant", "backends.python", "bio", "mr", "wrapper"],
@@ -30,6 +30,7 @@ LAYERS = [
     ["trace", "verbs.backend", "verbs._plain"],
     ["verbs.ping", "verbs.flows", "doctor"],
     ["compare", "replay", "plot", "reg"],
+    ["cli_common"],
     ["cli_guest"],
     ["cli_verbs"],
     ["cli"],

@@ -77,8 +77,8 @@ cdef class Writer:
         return ns
 
     def parts(self, uint64_t wait_ns):
-        """Nanoseconds of this thread's own time for building, posting and polling one batch, with a pause for the device before
-        the poll."""
+        """Nanoseconds of this thread's own time for building, posting and polling one batch, with a pause for the device
+        before the poll."""
         cdef uint64_t out[3]
         cdef int rc
         with nogil:

@@ -19,7 +19,7 @@ cdef struct reg:
 cdef struct slot:
     uint8_t kind, indexed, doomed, window
     uint32_t number, users, next_free
-    uint32_t first, run   # window whose pages follow each other in the arena: the first, plus 1, and how many; no more is kept
+    uint32_t first, run   # window whose pages follow each other in the arena: the first, plus 1, and how many
     unsigned int access
     uint64_t base         # DMA address of its first byte
     char *host            # range: that byte. Window: virtual memory, once pages have to be put side by side

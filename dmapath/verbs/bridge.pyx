@@ -103,47 +103,50 @@ cdef int disagree(str kind) except -1:
                             argument=kind, value=_KINDS[kind][1])
 
 
+# the pointer, and a copy of what it leads to
+cdef uintptr_t look(object obj, str kind, void *into, size_t n) except 0:
+    cdef uintptr_t at = pointer(obj, kind)
+    memset(into, 0, n)
+    if not safe_copy(at, into, n):
+        disagree(kind)
+    return at
+
+
 cdef ibv_context *as_context(object obj) except NULL:
     cdef ibv_context seen
-    cdef uintptr_t at = pointer(obj, "context")
-    memset(&seen, 0, sizeof(seen))
-    if not safe_copy(at, &seen, sizeof(seen)) or seen.cmd_fd != obj.cmd_fd:
+    cdef uintptr_t at = look(obj, "context", &seen, sizeof(seen))
+    if seen.cmd_fd != obj.cmd_fd:
         disagree("context")
     return <ibv_context *>at
 
 
 cdef ibv_pd *as_pd(object obj) except NULL:
     cdef ibv_pd seen
-    cdef uintptr_t at = pointer(obj, "pd")
-    memset(&seen, 0, sizeof(seen))
-    if not safe_copy(at, &seen, sizeof(seen)) or seen.handle != obj.handle:
+    cdef uintptr_t at = look(obj, "pd", &seen, sizeof(seen))
+    if seen.handle != obj.handle:
         disagree("pd")
     return <ibv_pd *>at
 
 
 cdef ibv_cq *as_cq(object obj) except NULL:
     cdef ibv_cq seen
-    cdef uintptr_t at = pointer(obj, "cq")
-    memset(&seen, 0, sizeof(seen))
-    if not safe_copy(at, &seen, sizeof(seen)) or seen.cqe != obj.cqe:
+    cdef uintptr_t at = look(obj, "cq", &seen, sizeof(seen))
+    if seen.cqe != obj.cqe:
         disagree("cq")
     return <ibv_cq *>at
 
 
 cdef ibv_qp *as_qp(object obj) except NULL:
     cdef ibv_qp seen
-    cdef uintptr_t at = pointer(obj, "qp")
-    memset(&seen, 0, sizeof(seen))
-    if not safe_copy(at, &seen, sizeof(seen)) or seen.qp_num != obj.qp_num:
+    cdef uintptr_t at = look(obj, "qp", &seen, sizeof(seen))
+    if seen.qp_num != obj.qp_num:
         disagree("qp")
     return <ibv_qp *>at
 
 
 cdef ibv_mr *as_mr(object obj) except NULL:
     cdef ibv_mr seen
-    cdef uintptr_t at = pointer(obj, "mr")
-    memset(&seen, 0, sizeof(seen))
-    if (not safe_copy(at, &seen, sizeof(seen)) or seen.lkey != obj.lkey or seen.rkey != obj.rkey
-            or seen.length != obj.length):
+    cdef uintptr_t at = look(obj, "mr", &seen, sizeof(seen))
+    if seen.lkey != obj.lkey or seen.rkey != obj.rkey or seen.length != obj.length:
         disagree("mr")
     return <ibv_mr *>at

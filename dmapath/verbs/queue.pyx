@@ -15,6 +15,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from dmapath._clock cimport now_ns
 from dmapath.verbs.bridge cimport as_cq, as_qp, pointer
 from dmapath.verbs.ibv cimport (
     IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_CAP, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
@@ -41,13 +42,6 @@ from dmapath.verbs.resources import REMOTE_ALL
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
-cdef extern from "<time.h>" nogil:
-    struct timespec:
-        long tv_sec
-        long tv_nsec
-    int clock_gettime(int, timespec *)
-    int CLOCK_MONOTONIC
-
 cdef enum:
     POLL = 256  # completions that one look takes at most
 cdef uint64_t RECV_BIT = 1ULL << 63  # in a wr_id: a receive's
@@ -65,12 +59,6 @@ STATES = ("reset", "init", "rtr", "rts", "sqd", "sqe", "error", "unknown")
 STATUS = {"success": 0, "loc_len": 1, "loc_qp_op": 2, "loc_prot": 4, "flush": 5, "mw_bind": 6, "bad_resp": 7,
           "rem_inv_req": 9,
           "rem_access": 10, "rem_op": 11, "retry": 12, "rnr_retry": 13}
-
-
-cdef double now() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <double>t.tv_sec + t.tv_nsec * 1e-9
 
 
 @cython.no_gc_clear  # __dealloc__ needs what it was made in
@@ -127,7 +115,7 @@ cdef class Cq:
     # completions into self.wc: as many as there are, at most n; with a timeout, waits for the first
     cdef int fetch(self, ibv_cq *cq, int n, double timeout) except -1:
         cdef int got, spins = 0
-        cdef double end = 0
+        cdef uint64_t end = 0
         cdef ibv_wc *wc = self.wc
         n = n if n < POLL else POLL
         with nogil:
@@ -139,8 +127,8 @@ cdef class Cq:
                 if spins & 15 == 0:
                     sched_yield()
                     if end == 0:
-                        end = now() + timeout
-                    elif now() > end:
+                        end = now_ns() + <uint64_t>(timeout * 1e9)
+                    elif now_ns() > end:
                         break
         if got < 0:
             raise failed("ibv_poll_cq", EIO, "cq", self, "the queue has overflowed or the device is gone")
@@ -866,9 +854,11 @@ cdef class Qp:
     def arrived(self, timeout=10.0):
         """The next completion of a receive: a Completion. CompletionError where it failed; VerbsError (ETIMEDOUT) when
         nothing came in ``timeout`` seconds."""
-        cdef double end = now() + timeout
+        cdef uint64_t end = now_ns() + <uint64_t>(timeout * 1e9)
         while not self.arrivals:
-            if self.recv_cq.dispatch(max(0.0, end - now())) == 0 and now() > end:
+            if self.recv_cq.dispatch(timeout) == 0 or now_ns() > end:
+                if self.arrivals:
+                    break
                 raise VerbsError(f"nothing was received within {timeout} s", errno=ETIMEDOUT, argument="timeout",
                                  value=timeout)
         done = self.arrivals.popleft()
