@@ -46,6 +46,8 @@ cdef struct verbs_priv:
     char *arena
     uint64_t arena_bytes, page  # bytes of the memfd's pages, which are what a window is made of
     const uint64_t *flat  # PhysMemory.flat
+    const unsigned long *forks
+    unsigned long born    # what forks was when this was made; else it is a child's copy of what is its parent's
     int fd, mode, shift   # a page is 1 << shift bytes
     unsigned int access, atomic
     bint by_direction

@@ -18,7 +18,7 @@ import threading
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New, PyCapsule_SetContext
 from libc.errno cimport (
-    EADDRINUSE, EBUSY, EFAULT, EINVAL, EIO, ENOENT, ENOMEM, EOPNOTSUPP, ERANGE, EXDEV, errno,
+    EADDRINUSE, EBUSY, EFAULT, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, EOPNOTSUPP, ERANGE, EXDEV, errno,
 )
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
@@ -34,7 +34,7 @@ from dmapath.abi cimport (
 )
 from dmapath.memory cimport PhysMemory
 from dmapath.verbs.ibv cimport ibv_dereg_mr, ibv_reg_mr_iova2
-from dmapath.verbs.resources cimport Pd
+from dmapath.verbs.resources cimport Pd, fork_count
 
 from dmapath.addr import as_length
 from dmapath.backends.base import COUNTERS
@@ -151,6 +151,8 @@ cdef inline bint fail_now(verbs_priv *p) noexcept nogil:
 cdef inline int enter(verbs_priv *p, slot *s, char *host, uint64_t start, uint64_t end) noexcept nogil:
     cdef reg *r
     cdef int code
+    if p.forks[0] != p.born:
+        return -ENODEV
     if fail_now(p):
         return -ENOMEM
     r = &s.own if s.own.mr == NULL else <reg *>calloc(1, sizeof(reg))
@@ -173,7 +175,7 @@ cdef inline int enter(verbs_priv *p, slot *s, char *host, uint64_t start, uint64
 # undo one registration
 cdef inline int undo(verbs_priv *p, slot *s, reg **at) noexcept nogil:
     cdef reg *r = at[0]
-    cdef int rc = ibv_dereg_mr(r.mr)
+    cdef int rc = ibv_dereg_mr(r.mr) if p.forks[0] == p.born else 0
     if rc:
         return -rc
     add(&p.n.deregistrations, 1)
@@ -487,7 +489,7 @@ cdef slot *idle_window(verbs_priv *p, uint32_t page, uint64_t nbytes) noexcept n
         s = s.chain
     if s != NULL:
         idle_out(p, s)
-        s.users = 1
+        s.users, s.window = 1, 0
     lock_release(&p.lk)
     return s
 
@@ -654,7 +656,10 @@ cdef int register_window(verbs_priv *p, slot *s, uint64_t start, uint64_t end) n
         return 0
     if p.budget:
         add(&p.n.misses, 1)
-    rc = leave(p, s, s.base + first * p.page, s.base + (last + 1) * p.page)  # of what was cached here
+    if p.budget:  # what was cached on these pages; else what an earlier sync of these bytes made
+        rc = leave(p, s, s.base + first * p.page, s.base + (last + 1) * p.page)
+    else:
+        rc = leave(p, s, start, end)
     if rc:
         return rc
     if in_order(s, first, last):
@@ -940,6 +945,8 @@ cdef class Verbs:
         self.engine, self.engine_lock = None, threading.Lock()
         p = &self.p
         p.pd, p.mem, p.owner = pd.ptr(), memory.mem, <void *>self
+        p.forks = fork_count()
+        p.born = p.forks[0]
         p.flat = &memory.flat
         p.arena, p.arena_bytes, p.fd, p.page = memory.arena, memory.size, memory.fd, memory.backing_page
         p.shift = memory.backing_page.bit_length() - 1
@@ -1060,7 +1067,7 @@ cdef class Verbs:
                           "window is bound to [ibv_dereg_mr]",
             _errno.EOPNOTSUPP: "the device cannot register such memory: a peer's (no dma-buf), or with these rights "
                                "[ibv_reg_mr]",
-            _errno.ENODEV: "the device was removed [ibv_reg_mr]",
+            _errno.ENODEV: "the device was removed, or this is a child of the process that opened it [ibv_reg_mr]",
         }.get(code)
 
     def fail_nth(self, long n):
@@ -1091,7 +1098,8 @@ cdef class Verbs:
             if s.kind == WINDOW and window_holds(&self.p, s, first, last):
                 self.p.n.invalidated += 1
                 if s.users:
-                    s.doomed = 1  # in use: not kept after
+                    s.doomed = 1  # in use: not kept after, nor believed by a sync until then
+                    memset(s.held, 0, (s.bytes >> self.p.shift) * sizeof(uint32_t))
                 else:
                     idle_out(&self.p, s)
                     s.chain = gone

@@ -3,6 +3,7 @@ from libc.stdint cimport uint32_t
 
 from dmapath.verbs.ibv cimport ibv_context, ibv_mr, ibv_mw, ibv_pd
 
+cdef const unsigned long *fork_count() noexcept nogil
 cdef failed(str call, int code, str argument=*, value=*, str more=*)
 
 

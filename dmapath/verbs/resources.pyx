@@ -34,6 +34,10 @@ REMOTE_ALL = REMOTE_WRITE | REMOTE_READ | REMOTE_ATOMIC
 cdef unsigned long forks = 0  # how often this process has become a child since the module was loaded
 
 
+cdef const unsigned long *fork_count() noexcept nogil:
+    return &forks
+
+
 def _in_child():
     global forks
     forks += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -515,6 +516,59 @@ def test_random_requests_against_the_expected_bytes(pd: Pd) -> None:
         each.verbs.flush()
         with each:
             pass
+
+
+def test_a_window_whose_page_went_is_not_believed_by_a_later_sync(pd: Pd) -> None:
+    """Linked again in the same place of a state that was kept: the registration of the page that was must not serve it."""
+    with Machine(pd, cache=1 << 20) as m:
+        engine, phys = DmaEngine(m.dev), [m.memory.phys(i * PAGE) for i in (3, 9)]
+        state = m.dev.iova_try_alloc(phys[0], 2 * PAGE)
+        for round_ in range(2):
+            for i in (0, 1):
+                m.dev.iova_link(state, phys[i], i * PAGE, PAGE, "from_device")
+            m.dev.iova_sync(state, 0, 2 * PAGE)
+            engine.write([(state.addr, 2 * PAGE)], bytes([round_ + 1]) * 2 * PAGE)
+            assert memoryview(m.memory)[9 * PAGE] == round_ + 1
+            m.dev.iova_unlink(state, 0, 2 * PAGE, "from_device")
+            m.memory.discard(9 * PAGE, PAGE)
+        m.dev.iova_free(state)
+        assert m.dev.counters()["cache_bytes"] == 0
+
+
+def test_syncs_side_by_side_do_not_undo_each_other(pd: Pd) -> None:
+    with Machine(pd) as m:
+        state = m.dev.iova_try_alloc(m.memory.phys(0), PAGE)
+        m.dev.iova_link(state, m.memory.phys(0), 0, PAGE, "from_device")
+        m.dev.iova_sync(state, 0, 100)
+        m.dev.iova_sync(state, 100, PAGE - 100)
+        engine = DmaEngine(m.dev)
+        engine.write([(state.addr, 100)], b"a" * 100)
+        engine.write([(state.addr + 100, PAGE - 100)], b"b" * (PAGE - 100))
+        assert m.dev.counters()["registrations"] == 2
+        m.dev.iova_sync(state, 0, PAGE)  # over both: one takes their place
+        engine.write([(state.addr, PAGE)], b"c" * PAGE)
+        assert m.dev.counters()["registered_live"] == PAGE
+        m.dev.iova_destroy(state, PAGE, "from_device")
+
+
+def test_a_child_neither_maps_nor_unmaps_for_its_parent(pd: Pd) -> None:
+    with Machine(pd) as m:
+        bio = Bio.from_memory(m.memory, places(3, 0, PAGE), "read")
+        held = m.dev.map(bio)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                held.unmap()  # of its own copy
+                try:
+                    m.dev.map(bio)
+                except DmaError as e:
+                    code = 0 if "a child of the process" in str(e) else 2
+            os._exit(code)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        DmaEngine(m.dev).write(held.segments, b"parent" * 2048)
+        held.unmap()
 
 
 # ---- huge pages ------------------------------------------------------------------------------------------------------

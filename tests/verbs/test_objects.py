@@ -270,12 +270,15 @@ def test_a_child_does_not_own_what_its_parent_opened(pd: Pd) -> None:
     mr.dereg()
 
 
+WITHOUT_PYVERBS = "pyverbs is missing: apt-get install python3-pyverbs, and use the system's Python"
+
 # ---- pyverbs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def theirs() -> Any:
     """A user's own pyverbs Context, PD, CQ, connected QPs and MR."""
+    pytest.importorskip("pyverbs.device", reason=WITHOUT_PYVERBS, exc_type=ImportError)
     from pyverbs.cq import CQ
     from pyverbs.device import Context as TheirContext
     from pyverbs.mr import MR
@@ -354,6 +357,7 @@ def test_the_bridge_fails_closed(theirs: Any, pd: Pd) -> None:
 
 
 def test_objects_that_only_look_like_pyverbs(pd: Pd) -> None:
+    pytest.importorskip("pyverbs.device", reason=WITHOUT_PYVERBS, exc_type=ImportError)
     from pyverbs.device import Context as TheirContext
 
     class Fake:
