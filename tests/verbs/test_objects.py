@@ -356,6 +356,25 @@ def test_the_bridge_fails_closed(theirs: Any, pd: Pd) -> None:
             use()
 
 
+def test_what_the_pointer_leads_to_is_compared_with_what_the_object_says(theirs: Any) -> None:
+    """As an unknown layout would show: the place holds a pointer, but not to this object's struct."""
+    from pyverbs.cq import CQ
+    from pyverbs.pd import PD
+
+    ctx = Context(theirs[0])
+
+    class OtherPd(PD):  # type: ignore[misc]
+        handle = 12345
+
+    class OtherCq(CQ):  # type: ignore[misc]
+        cqe = 7
+
+    with pytest.raises(NotSupportedError, match="unknown pyverbs layout"):
+        Pd(OtherPd(theirs[0]), context=ctx)
+    with pytest.raises(NotSupportedError, match="unknown pyverbs layout"):
+        Cq(OtherCq(theirs[0], 64), context=ctx)
+
+
 def test_objects_that_only_look_like_pyverbs(pd: Pd) -> None:
     pytest.importorskip("pyverbs.device", reason=WITHOUT_PYVERBS, exc_type=ImportError)
     from pyverbs.device import Context as TheirContext
