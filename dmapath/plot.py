@@ -67,6 +67,6 @@ def plot_reg(table: list[dict[str, Any]], path: str) -> None:
         ax.set_ylabel("register and deregister (us)")
         ax.set_title(f"{align} bytes off the page")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     fig.savefig(path)
     plt.close(fig)

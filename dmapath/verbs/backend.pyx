@@ -619,6 +619,7 @@ cdef int place_pages(verbs_priv *p, slot *s, uint64_t first, uint64_t last) noex
             n += 1
         if mmap(s.host + i * p.page, n * p.page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, p.fd,
                 <long>((s.linked[i] - 1) * p.page)) == MAP_FAILED:
+            p.refused = 0
             return -ENOMEM
         add(&p.n.mmaps, 1)
         memcpy(&s.there[i], &s.linked[i], n * sizeof(uint32_t))
@@ -1060,7 +1061,9 @@ cdef class Verbs:
     def why(self, code):
         """Why the last call failed with this errno."""
         if code == _errno.ENOMEM:
-            return f"{pin_text(self.p.refused)} [ibv_reg_mr]" if self.p.refused else "no memory for a window [mmap]"
+            if self.p.refused:
+                return f"{pin_text(self.p.refused)} [ibv_reg_mr]"
+            return "no memory for a window, or it would be of more pieces than vm.max_map_count allows [mmap]"
         return {
             _errno.EFAULT: "no memory is there, or in mode direct none of the arena that is registered [ibv_reg_mr]",
             _errno.EBUSY: "a registration is whole or gone: a part of it cannot be unlinked, nor can one that a memory "
