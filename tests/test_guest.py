@@ -195,6 +195,17 @@ def test_the_first_file_system_is_a_cpio_archive() -> None:
         assert done.stdout.split() == [b"a", b"a/b"]
 
 
+def test_ending_a_pair_ends_both(tmp_path: Path) -> None:
+    before = set(guests())
+    words = ["guest", "run", "--pair", "--memory", "256", "--", "sleep", "600"]
+    child = subprocess.Popen([*DMAPATH, *words], stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert wait_until(lambda: len(set(guests()) - before) == 2)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(20) == 130
+    assert wait_until(lambda: not set(guests()) - before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_guests_on_one_cable() -> None:
     """Real bytes between two kernels: each writes into the other's memory and reads it back, aligned and not."""
     program = (

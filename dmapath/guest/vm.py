@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ def run(
     command: Sequence[str], *, kernel: str = "6.1", rxe: bool = False, nvme: bool = False, iommu: str | None = None,
     share: str | None = None, cwd: str | None = None, env: Mapping[str, str] | None = None, memory: int = 1024,
     cpus: int = 2, timeout: float = 600.0, icount: bool = False, cable: tuple[str, str] | None = None, side: int = 0,
-    out: Sink | None = None, err: Sink | None = None,
+    out: Sink | None = None, err: Sink | None = None, stop: threading.Event | None = None,
 ) -> Result:  # fmt: skip
     """Run a command in a throw-away guest and wait for it.
 
@@ -121,6 +121,8 @@ def run(
         Sockets of this guest's and another's network card, and which of ADDRESSES is its own: see ``run_pair``.
     out, err : callable(bytes)
         Where the command's output goes; None: to this process's own.
+    stop : threading.Event or None
+        Set by another thread, it ends the guest within a second.
 
     Raises GuestError where the guest does not boot, dies or runs past its time; NotSupportedError, NoMemoryError and
     DmaValueError where it cannot be started. No process is left behind in any case.
@@ -160,18 +162,14 @@ def run(
             disk = Path(scratch) / "nvme.img"
             with disk.open("wb") as f:
                 f.truncate(64 << 20)
-            arguments += [
-                "-drive",
-                f"file={disk},if=none,id=n0,format=raw",
-                "-device",
-                "nvme,serial=dmapath,drive=n0,mdts=8",
-            ]
+            arguments += ["-drive", f"file={disk},if=none,id=n0,format=raw",
+                          "-device", "nvme,serial=dmapath,drive=n0,mdts=8"]  # fmt: skip
         if cable:
             arguments += ["-netdev",
                           f"dgram,id=n,local.type=unix,local.path={cable[0]},remote.type=unix,remote.path={cable[1]}",
                           "-device", f"virtio-net-pci,netdev=n,mac=52:54:00:10:10:0{side + 1}"]  # fmt: skip
         arguments += ["-append", append]
-        machine = _Machine(qemu, arguments, scratch, out or _forward(1), err or _forward(2), timeout)
+        machine = _Machine(qemu, arguments, scratch, out or _forward(1), err or _forward(2), timeout, stop)
         if kvm_usable() and not icount:
             result = machine.boot("kvm", boot_limit=KVM_BOOT_S)
             if result is not None:
@@ -195,8 +193,6 @@ def run_pair(command: Sequence[str], *, out: Sink | None = None, **options: Any)
 
         def sink(name: str) -> Sink:
             def take(data: bytes) -> None:
-                if stop.is_set():
-                    raise GuestError("the other guest failed")
                 *lines, rest[name] = (rest[name] + data).split(b"\n")
                 with whole:
                     for line in lines:
@@ -206,16 +202,27 @@ def run_pair(command: Sequence[str], *, out: Sink | None = None, **options: Any)
 
         env = {**(options.get("env") or {}), "DMAPATH_SIDE": str(side), "DMAPATH_PEER": ADDRESSES[1 - side]}
         try:
-            return run(command, **{**options, "env": env}, cable=(sockets[side], sockets[1 - side]), side=side,
-                       out=sink("out"),
-                       err=sink("err"))  # fmt: skip
+            result = run(command, **{**options, "env": env}, cable=(sockets[side], sockets[1 - side]), side=side,
+                         out=sink("out"), err=sink("err"), stop=stop)  # fmt: skip
         except BaseException:
             stop.set()
             raise
+        for name, left in rest.items():
+            if left:  # a last line without its end
+                sink(name)(b"\n")
+        return result
 
     with tempfile.TemporaryDirectory(prefix="dmapath-cable-") as folder, ThreadPoolExecutor(2) as both:
         sockets = [f"{folder}/{side}" for side in (0, 1)]
         first, second = (both.submit(one, side) for side in (0, 1))
+        try:
+            wait((first, second), return_when=FIRST_EXCEPTION)
+        except BaseException:  # Ctrl-C, SIGTERM
+            stop.set()
+            raise
+        for failed in (first, second):  # the one that failed by itself, before the one that was ended for it
+            if failed.done() and failed.exception() is not None and "from outside" not in str(failed.exception()):
+                failed.result()
         return first.result(), second.result()
 
 
@@ -230,10 +237,11 @@ def _shares(share: str) -> list[str]:
 class _Machine:
     """One QEMU process at a time."""
 
-    def __init__(self, qemu: str, arguments: list[str], scratch: str, out: Sink, err: Sink, timeout: float) -> None:
+    def __init__(self, qemu: str, arguments: list[str], scratch: str, out: Sink, err: Sink, timeout: float,
+                 stop: threading.Event | None) -> None:  # fmt: skip
         self.qemu, self.arguments, self.scratch = qemu, arguments, scratch
         self.sinks = {"out": out, "err": err}
-        self.timeout = timeout
+        self.timeout, self.stop = timeout, stop
 
     def boot(self, accel: str, *, boot_limit: float | None = None, icount: bool = False) -> Result | None:
         """Boot and wait; None where it did not boot within boot_limit."""
@@ -242,25 +250,9 @@ class _Machine:
         if icount:
             how += ["-icount", "shift=0,sleep=off"]
         console = Path(self.scratch) / "console"
-        words = [
-            self.qemu,
-            "-nodefaults",
-            "-no-user-config",
-            "-machine",
-            "q35",
-            *how,
-            "-display",
-            "none",
-            "-no-reboot",
-            "-serial",
-            f"file:{console}",
-            "-monitor",
-            "none",
-            "-device",
-            "virtio-rng-pci",
-            "-device",
-            "virtio-serial-pci",
-        ]
+        words = [self.qemu, "-nodefaults", "-no-user-config", "-machine", "q35", *how, "-display", "none", "-no-reboot",
+                 "-serial", f"file:{console}", "-monitor", "none", "-device", "virtio-rng-pci", "-device",
+                 "virtio-serial-pci"]  # fmt: skip
         pipes = {name: os.pipe() for name in ("out", "err", "status")}
         for name, (_, write) in pipes.items():
             words += ["-chardev", f"file,id={name},path=/proc/self/fd/{write}",
@@ -304,6 +296,8 @@ class _Machine:
             for name, fd in reads.items():
                 select.register(fd, selectors.EVENT_READ, name)
             while select.get_map():
+                if self.stop is not None and self.stop.is_set():
+                    raise GuestError("ended from outside")
                 passed = time.monotonic() - start
                 limit = self.timeout if booted is not None or boot_limit is None else min(boot_limit, self.timeout)
                 if passed >= limit:
