@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EIO, ETIMEDOUT, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -44,6 +45,7 @@ cdef extern from "<sched.h>" nogil:
 
 cdef enum:
     POLL = 256  # completions that one look takes at most
+    SLICE_NS = 20000000  # how long a wait goes on before Ctrl-C is looked for
 cdef uint64_t RECV_BIT = 1ULL << 63  # in a wr_id: a receive's
 
 OPCODES = {"write": IBV_WR_RDMA_WRITE, "write_imm": IBV_WR_RDMA_WRITE_WITH_IMM, "read": IBV_WR_RDMA_READ,
@@ -57,8 +59,23 @@ _LOCAL = ("recv", "send", "send_imm", "local_inv", "bind_mw")
 STATES = ("reset", "init", "rtr", "rts", "sqd", "sqe", "error", "unknown")
 #: Completion statuses by name (enum ibv_wc_status).
 STATUS = {"success": 0, "loc_len": 1, "loc_qp_op": 2, "loc_prot": 4, "flush": 5, "mw_bind": 6, "bad_resp": 7,
-          "rem_inv_req": 9,
-          "rem_access": 10, "rem_op": 11, "retry": 12, "rnr_retry": 13}
+          "rem_inv_req": 9, "rem_access": 10, "rem_op": 11, "retry": 12, "rnr_retry": 13}
+
+
+# poll until something comes, giving the processor away now and then; for 20 ms at most, or until the end
+cdef int spin(ibv_cq *cq, int n, ibv_wc *wc, uint64_t end) noexcept nogil:
+    cdef uint64_t stop = now_ns() + SLICE_NS
+    cdef int got, spins = 0
+    stop = stop if stop < end else end
+    while True:
+        got = ibv_poll_cq(cq, n, wc)
+        if got:
+            return got
+        spins += 1
+        if spins & 15 == 0:
+            sched_yield()
+            if now_ns() > stop:
+                return 0
 
 
 @cython.no_gc_clear  # __dealloc__ needs what it was made in
@@ -66,7 +83,8 @@ cdef class Cq:
     """A completion queue for ``cqe`` completions, or a pyverbs CQ that stays its owner's (give its ``context``).
 
     Queue pairs that could together overflow it are refused when they are made, unless they ask for ``overcommit``. An
-    overflow breaks the queue (``Context.events`` says "CQ error"): close its queue pairs and it, and make them anew.
+    overflow breaks the queue (``Context.events`` says "CQ error"): close its queue pairs and it, and make them anew. One
+    thread at a time polls it, or waits on a queue pair that uses it.
     """
 
     def __cinit__(self, of, int cqe=256, *, Context context=None):
@@ -114,22 +132,19 @@ cdef class Cq:
 
     # completions into self.wc: as many as there are, at most n; with a timeout, waits for the first
     cdef int fetch(self, ibv_cq *cq, int n, double timeout) except -1:
-        cdef int got, spins = 0
+        cdef int got
         cdef uint64_t end = 0
         cdef ibv_wc *wc = self.wc
         n = n if n < POLL else POLL
-        with nogil:
-            while True:
-                got = ibv_poll_cq(cq, n, wc)
-                if got or timeout <= 0:
-                    break
-                spins += 1
-                if spins & 15 == 0:
-                    sched_yield()
-                    if end == 0:
-                        end = now_ns() + <uint64_t>(timeout * 1e9)
-                    elif now_ns() > end:
-                        break
+        got = ibv_poll_cq(cq, n, wc)
+        while got == 0 and timeout > 0:
+            if end == 0:
+                end = now_ns() + <uint64_t>(timeout * 1e9)
+            with nogil:
+                got = spin(cq, n, wc, end)
+            if got or now_ns() > end:
+                break
+            PyErr_CheckSignals()
         if got < 0:
             raise failed("ibv_poll_cq", EIO, "cq", self, "the queue has overflowed or the device is gone")
         return got
@@ -333,6 +348,12 @@ cdef class Batch:
 
     def __len__(self):
         return self.n
+
+
+cdef ibv_wr_opcode opcode_of(name) except *:
+    if name not in OPCODES:
+        raise DmaValueError("write, read, write_imm, send or send_imm", argument="opcode", value=name)
+    return <ibv_wr_opcode><int>OPCODES[name]
 
 
 def entries_of(segments):
@@ -624,9 +645,7 @@ cdef class Qp:
         cdef ibv_sge *sge
         cdef uint64_t first = self.head, at = int(remote_addr)
         cdef uint32_t key = rkey, value = imm
-        if opcode not in OPCODES:
-            raise DmaValueError("write, read, write_imm, send or send_imm", argument="opcode", value=opcode)
-        cdef ibv_wr_opcode op = <ibv_wr_opcode><int>OPCODES[opcode]
+        cdef ibv_wr_opcode op = opcode_of(opcode)
         attr = self.pd.context.attr
         most = min(self.max_sge, attr["max_sge_rd"]) if opcode == "read" else self.max_sge
         groups = cut(entries_of(segments), most, attr["max_msg_sz"])
@@ -771,7 +790,7 @@ cdef class Qp:
         """Post a batch as one chain, in one call: "write", "read" or "send". The last work request asks for a completion, or
         all do. Returns how many completions will come."""
         cdef ibv_qp *qp = self.ptr()
-        cdef ibv_wr_opcode op = <ibv_wr_opcode><int>OPCODES[opcode]
+        cdef ibv_wr_opcode op = opcode_of(opcode)
         cdef ibv_send_wr *wr = NULL
         cdef ibv_sge *sge
         cdef uint64_t first = self.head

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import signal
 import time
 from array import array
 from collections.abc import Callable
@@ -344,10 +345,16 @@ def test_poll_gives_what_failed_too(pd: Pd, pair: Pair) -> None:
 
 def test_bad_arguments(pd: Pd, pair: Pair) -> None:
     first = pair[0]
+    batch = Batch(1, addr=1, lkey=1, length=1)
     wrong: list[Callable[[], object]] = [
-        lambda: first.post("wrote", []), lambda: first.connect(first.info, mtu=4000), lambda: QpInfo.from_json("{}"),
-        lambda: Qp(pd, max_send_wr=0), lambda: Qp(pd, max_send_wr=1 << 30), lambda: Cq(pd.context, 1 << 30),
-    ]  # fmt: skip
+        lambda: first.post("wrote", []),
+        lambda: first.post_batch(batch, "atomic"),
+        lambda: first.connect(first.info, mtu=4000),
+        lambda: QpInfo.from_json("{}"),
+        lambda: Qp(pd, max_send_wr=0),
+        lambda: Qp(pd, max_send_wr=1 << 30),
+        lambda: Cq(pd.context, 1 << 30),
+    ]
     for call in wrong:
         with pytest.raises((DmaValueError, VerbsError)):
             call()
@@ -359,6 +366,17 @@ def test_bad_arguments(pd: Pd, pair: Pair) -> None:
             call()
     assert first.outstanding == 0
     assert QpInfo.from_json(first.info.to_json()) == first.info
+
+
+def test_a_wait_can_be_interrupted(pd: Pd, pair: Pair) -> None:
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pair[0].arrived(timeout=60)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def test_a_closed_pair(pd: Pd) -> None:
