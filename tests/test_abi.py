@@ -68,6 +68,13 @@ def test_a_cython_driver_maps_through_the_wrapper(outsider: Any) -> None:
     assert direct.counters()["maps"] == 3
 
 
+def test_a_driver_may_ask_for_keys_on_every_back_end(outsider: Any) -> None:
+    for dev in (strict(), Device(), Device(backend=outsider["backend"].Backend("one-shot"))):
+        addr = dev.map_phys(0x100000, 4096)
+        assert outsider["driver"].keys(dev.capsule, int(addr), 4096) == (0, 0)
+        dev.unmap_phys(addr, 4096)
+
+
 def test_a_cython_driver_takes_the_two_steps(outsider: Any) -> None:
     dev = strict()
     assert outsider["driver"].two_steps(dev.capsule, 0x12345200, 0x1000) == 0xFFFFE200

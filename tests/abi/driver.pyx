@@ -4,9 +4,9 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport uint64_t
 
 from dmapath.abi cimport (
-    DMA_POLICY_UNIFIED, DMA_TO_DEVICE, DMAPATH_ABI, DMAPATH_API_CAPSULE, DMAPATH_DEVICE_CAPSULE, dma_addr_t,
-    dma_cursor, dma_device, dma_iova_destroy, dma_iova_link, dma_iova_state, dma_iova_sync, dma_iova_try_alloc,
-    dma_limits, dma_map_iter, dma_map_state, dma_request, dma_seg, dmapath_api, phys_addr, phys_vec,
+    DMA_POLICY_UNIFIED, DMA_TO_DEVICE, DMAPATH_ABI, DMAPATH_API_CAPSULE, DMAPATH_DEVICE_CAPSULE, dma_addr,
+    dma_addr_t, dma_cursor, dma_device, dma_iova_destroy, dma_iova_link, dma_iova_state, dma_iova_sync, dma_iova_try_alloc,
+    dma_keys, dma_keys_of, dma_limits, dma_map_iter, dma_map_state, dma_request, dma_seg, dmapath_api, phys_addr, phys_vec,
 )
 from dmapath.hmm cimport hmm_dma_map, hmm_dma_map_alloc, hmm_dma_map_free, hmm_dma_map_pfn, hmm_dma_unmap_pfn
 
@@ -31,6 +31,15 @@ cdef unsigned fill(const dma_request *rq, dma_cursor *c, const dma_limits *lim, 
         c.item += 1
         got += 1
     return got
+
+
+def keys(device, uint64_t addr, uint64_t size):
+    """What hardware with keys is told beside an address: (lkey, rkey)."""
+    cdef dma_device *dev = <dma_device *>PyCapsule_GetPointer(device, DMAPATH_DEVICE_CAPSULE)
+    cdef dma_keys found
+    cdef int rc = dma_keys_of(dev, dma_addr(addr), size, &found)
+    assert rc == 0, rc
+    return found.lkey, found.rkey
 
 
 def pages_by_index(device, list pages):
