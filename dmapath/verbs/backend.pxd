@@ -1,5 +1,5 @@
 # cython: language_level=3
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from dmapath._core cimport lock
 from dmapath.abi cimport dma_device, dma_ops, phys_mem
@@ -46,6 +46,7 @@ cdef struct verbs_priv:
     char *arena
     uint64_t arena_bytes, page  # bytes of the memfd's pages, which are what a window is made of
     const uint64_t *flat  # PhysMemory.flat
+    const uintptr_t *theirs  # where a pyverbs owner keeps pd, who may close it behind our back; NULL: it is ours
     const unsigned long *forks
     unsigned long born    # what forks was when this was made; else it is a child's copy of what is its parent's
     int fd, mode, shift   # a page is 1 << shift bytes

@@ -13,6 +13,7 @@ A DMA address names its slot in bits 40 and up, so that finding a registration i
 first byte's own address, so that a device may use large pages where they are.
 """
 import errno as _errno
+import sys
 import threading
 
 cimport cython
@@ -151,7 +152,7 @@ cdef inline bint fail_now(verbs_priv *p) noexcept nogil:
 cdef inline int enter(verbs_priv *p, slot *s, char *host, uint64_t start, uint64_t end) noexcept nogil:
     cdef reg *r
     cdef int code
-    if p.forks[0] != p.born:
+    if p.forks[0] != p.born or (p.theirs != NULL and p.theirs[0] != <uintptr_t>p.pd):
         return -ENODEV
     if fail_now(p):
         return -ENOMEM
@@ -898,7 +899,10 @@ cdef int verbs_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, i
     cdef uint64_t done = 0
     try:
         return (<Verbs>priv(dev).owner).move(dev, addr.v, n, <char *>buf, write, &done)
-    except Exception:
+    except CompletionError:
+        return dma_fault_at(fault, addr.v, done, DMA_FAULT_BUS, write)
+    except Exception as e:
+        sys.excepthook(type(e), e, e.__traceback__)  # not the access was refused: something is wrong
         return dma_fault_at(fault, addr.v, done, DMA_FAULT_BUS, write)
 
 
@@ -946,6 +950,7 @@ cdef class Verbs:
         self.engine, self.engine_lock = None, threading.Lock()
         p = &self.p
         p.pd, p.mem, p.owner = pd.ptr(), memory.mem, <void *>self
+        p.theirs = pd.watch()
         p.forks = fork_count()
         p.born = p.forks[0]
         p.flat = &memory.flat
@@ -1070,7 +1075,8 @@ cdef class Verbs:
                           "window is bound to [ibv_dereg_mr]",
             _errno.EOPNOTSUPP: "the device cannot register such memory: a peer's (no dma-buf), or with these rights "
                                "[ibv_reg_mr]",
-            _errno.ENODEV: "the device was removed, or this is a child of the process that opened it [ibv_reg_mr]",
+            _errno.ENODEV: "the device was removed, its owner closed the protection domain, or this is a child of the "
+                           "process that opened it [ibv_reg_mr]",
         }.get(code)
 
     def fail_nth(self, long n):

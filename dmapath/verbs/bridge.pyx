@@ -80,9 +80,20 @@ cdef bint safe_copy(uintptr_t at, void *into, size_t n):
     return read(back, into, n) == <ssize_t>n
 
 
+cdef inline Py_ssize_t place_of(str kind):
+    return sizeof(PyObject) + (LEADING + (MR_MORE if kind == "mr" else 0)) * sizeof(void *)
+
+
+cdef uintptr_t *field(object obj, str kind, uintptr_t now) noexcept:
+    cdef uintptr_t *at = <uintptr_t *>(<char *><PyObject *>obj + place_of(kind))
+    if type(obj).__basicsize__ < place_of(kind) + <Py_ssize_t>sizeof(void *) or at[0] != now:
+        return NULL
+    return at
+
+
 cdef uintptr_t pointer(object obj, str kind) except 0:
     cdef uintptr_t at
-    cdef Py_ssize_t place = sizeof(PyObject) + (LEADING + (MR_MORE if kind == "mr" else 0)) * sizeof(void *)
+    cdef Py_ssize_t place = place_of(kind)
     wanted = type_of(kind)
     if not isinstance(obj, wanted):
         raise AddressTypeError(f"a pyverbs {wanted.__name__} is wanted", argument=kind, value=type(obj).__name__)

@@ -1,5 +1,5 @@
 # cython: language_level=3
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uintptr_t
 
 from dmapath.verbs.ibv cimport ibv_context, ibv_mr, ibv_mw, ibv_pd
 
@@ -23,6 +23,7 @@ cdef class Pd:
     cdef ibv_pd *c
     cdef object owner
     cdef readonly Context context
+    cdef uintptr_t *watch(self) noexcept
     cdef readonly list qps  # weak references to the queue pairs made in it, which may name its regions in outstanding work
     cdef ibv_pd *ptr(self) except NULL
     cdef object __weakref__

@@ -12,7 +12,7 @@ from libc.errno cimport EBUSY, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP, errno
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
-from dmapath.verbs.bridge cimport as_context, as_mr, as_pd, pointer
+from dmapath.verbs.bridge cimport as_context, as_mr, as_pd, field, pointer
 from dmapath.verbs.ibv cimport (
     IBV_ACCESS_ON_DEMAND, IBV_MW_TYPE_1, IBV_MW_TYPE_2, IBV_ODP_SUPPORT, IBV_REREG_MR_CHANGE_ACCESS, ibv_ack_async_event,
     ibv_alloc_mw, ibv_alloc_pd, ibv_async_event, ibv_close_device, ibv_context, ibv_dealloc_mw, ibv_dealloc_pd, ibv_dereg_mr,
@@ -262,6 +262,10 @@ cdef class Pd:
         if self.c == NULL:
             raise StateError("the protection domain was closed", argument="pd", value=self)
         return self.c
+
+    # where its pyverbs owner keeps the pointer, or NULL: it is ours
+    cdef uintptr_t *watch(self) noexcept:
+        return NULL if self.owner is None else field(self.owner, "pd", <uintptr_t>self.c)
 
     def close(self):
         """Free it. VerbsError (EBUSY) while regions, windows or queue pairs of it are open."""

@@ -356,6 +356,26 @@ def test_the_bridge_fails_closed(theirs: Any, pd: Pd) -> None:
             use()
 
 
+def test_a_domain_that_its_owner_closed_behind_the_back_end(theirs: Any) -> None:
+    their_ctx, their_pd, _, their_qps, their_mr = theirs
+    pd = Pd(their_pd, context=Context(their_ctx))
+    memory = PhysMemory(1 << 16)
+    for mode in ("linear", "per-range"):
+        verbs = Verbs(pd, memory, mode=mode)
+        dev = Device(backend=verbs, memory=memory)
+        bio = Bio.from_memory(memory, [(0, 4096)], "read")
+        with dev.map(bio):
+            pass
+        if mode == "per-range":
+            their_mr.close()
+            for qp in their_qps:
+                qp.close()
+            their_pd.close()
+            with pytest.raises(DmaError, match="its owner closed the protection domain"):
+                dev.map(bio)
+        verbs.close()
+
+
 def test_what_the_pointer_leads_to_is_compared_with_what_the_object_says(theirs: Any) -> None:
     """As an unknown layout would show: the place holds a pointer, but not to this object's struct."""
     from pyverbs.cq import CQ
