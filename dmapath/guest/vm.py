@@ -216,7 +216,9 @@ def run_pair(command: Sequence[str], *, out: Sink | None = None, **options: Any)
         sockets = [f"{folder}/{side}" for side in (0, 1)]
         first, second = (both.submit(one, side) for side in (0, 1))
         try:
-            wait((first, second), return_when=FIRST_EXCEPTION)
+            # now and then, since a signal that another thread gets does not wake this one, which alone may handle it
+            while not all(f.done() for f in (first, second)) and not stop.is_set():
+                wait((first, second), timeout=0.2, return_when=FIRST_EXCEPTION)
         except BaseException:  # Ctrl-C, SIGTERM
             stop.set()
             raise
