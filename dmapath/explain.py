@@ -114,6 +114,7 @@ def explain(device: Device, request: Mappable, policy: str) -> Explanation:
                        if a in trial.swiotlb]  # fmt: skip
     mapping.unmap()
     out.unmap_state_bytes = mapping.unmap_state_bytes
+    counters = trial.counters()
     if recorded:
         events = trial.backend.events()
         allocs = [(a, b) for kind, a, b, _ in events if kind == "alloc"]
@@ -132,12 +133,10 @@ def explain(device: Device, request: Mappable, policy: str) -> Explanation:
         pages = [(p & ~4095, (p + n + 4095 & ~4095) - (p & ~4095)) for p, n in asked]
         out.exposed_bytes = _covered(pages) - _covered(asked)
     elif out.backend == "verbs":
-        counters = trial.counters()
         out.iova_allocs, out.iova_bytes = counters["iova_allocs"], counters["iova_bytes"]
         out.exposed_bytes = max(0, counters["registered_bytes"] - _covered([(int(p), n) for p, n in request.wanted]))
     else:
         out.exposed_bytes = None
-    counters = trial.counters()
     out.ptes = {size: counters[f"ptes_{size}"] for size in out.ptes}
     out.invalidations = counters["invalidations"]
     out.rules = [(name, RULES[name].source, _because(name, trial, request, out)) for name in

@@ -656,9 +656,8 @@ cdef int register_window(verbs_priv *p, slot *s, uint64_t start, uint64_t end) n
         if p.budget:
             add(&p.n.hits, 1)
         return 0
-    if p.budget:
-        add(&p.n.misses, 1)
     if p.budget:  # what was cached on these pages; else what an earlier sync of these bytes made
+        add(&p.n.misses, 1)
         rc = leave(p, s, s.base + first * p.page, s.base + (last + 1) * p.page)
     else:
         rc = leave(p, s, start, end)
