@@ -31,6 +31,9 @@ MODULES = {
     "dmapath.hmm": MEM,
     "dmapath.engine": MEM,
     "dmapath._bench": MEM,
+    "dmapath.descriptors": [],
+    "dmapath.devices.nvme": ["ext/devices/nvme.c"],
+    "dmapath.drivers.nvme": [],
 }
 #: The same for RDMA hardware, built where rdma-core's headers are.
 VERBS = {
@@ -69,7 +72,7 @@ def has_verbs() -> bool:
 if has_verbs():
     MODULES |= VERBS
 extensions = [
-    Extension(name, [name.replace(".", "/") + ".pyx", *sources], include_dirs=["ext/include", "ext/core", "ext/bench"],
+    Extension(name, [name.replace(".", "/") + ".pyx", *sources], include_dirs=["ext/include", "ext/core", "ext/bench", "ext/devices"],
               extra_compile_args=flags, extra_link_args=link,
               libraries=["ibverbs"] if name in VERBS else [],
               depends=sorted(glob.glob("ext/**/*.[ch]", recursive=True)))

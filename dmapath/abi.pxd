@@ -21,6 +21,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
     const char *DMAPATH_DEVICE_CAPSULE
     const char *DMAPATH_OPS_CAPSULE
     const char *DMAPATH_BUS_CAPSULE
+    const char *DMAPATH_MMIO_CAPSULE
 
     ctypedef struct phys_addr_t:
         uint64_t v
@@ -152,6 +153,15 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint32_t write
     struct dma_bus_ops:
         int (*access)(dma_device *, dma_addr_t, uint64_t, void *, int, dma_fault *) noexcept nogil
+    struct dma_mmio:
+        void *priv
+        uint64_t (*read)(void *, uint64_t, unsigned int) noexcept nogil
+        void (*write)(void *, uint64_t, unsigned int, uint64_t) noexcept nogil
+        int (*relax)(void *) noexcept nogil
+    uint64_t dma_readl(const dma_mmio *, uint64_t)
+    uint64_t dma_readq(const dma_mmio *, uint64_t)
+    void dma_writel(const dma_mmio *, uint64_t, uint32_t)
+    void dma_writeq(const dma_mmio *, uint64_t, uint64_t)
     int dma_fault_at(dma_fault *, uint64_t addr, uint64_t done, uint32_t reason, int write)
     int dma_ops_init(dma_ops *, const dma_ops *)
 

@@ -54,6 +54,7 @@ class Adversary:
         self._windows: list[Window] = []
         self._starts: list[int] = []
         self._ranges: dict[int, int] = {}
+        self._coherent: dict[int, tuple[int, int]] = {}  # address -> (phys, size): memory that both sides share
         self._used: set[int] = set()
         self._gone: set[int] = set()
         self._counts = dict.fromkeys(("maps", "unmaps", "links", "syncs", "unlinks", "iova_allocs", "iova_frees", "bounces",
@@ -131,8 +132,18 @@ class Adversary:
         self._counts["maps"] += 1
         return window.addr
 
+    def map_coherent(self, phys: int, size: int) -> int:
+        """Memory of dma_alloc_coherent: the one thing that is not copied; page-aligned, as Linux promises."""
+        addr = self._address(size, 0, 2**12 - 1)
+        self._coherent[addr] = (phys, size)
+        return addr
+
     def unmap_phys(self, addr: int, size: int, dir: str, attrs: int) -> None:
-        """dma_unmap_phys."""
+        """dma_unmap_phys, or the end of coherent memory."""
+        if self._coherent.get(addr, (0, 0))[1] == size:
+            del self._coherent[addr]
+            self._gone.update(range(addr // GRANULE, (addr + size - 1) // GRANULE + 1))
+            return
         window = self._at(addr)
         if window is None or window.addr != addr or len(window.data) != size:
             raise error_for(_errno.ENOENT, "that was not mapped, or with another size", "addr", addr)
@@ -227,8 +238,18 @@ class Adversary:
             self._counts["faults"] += 1
             raise DmaFault(f"{at:#x}: {reason}", iova=at, reason=reason, done=done, write=write)
 
+    def _shared(self, addr: int, n: int) -> int | None:
+        """Physical address of coherent memory that holds the whole range."""
+        for first, (phys, size) in self._coherent.items():
+            if first <= addr and addr + n <= first + size:
+                return phys + addr - first
+        return None
+
     def read(self, addr: int, n: int) -> bytes:
         """A device reads."""
+        shared = self._shared(addr, n)
+        if shared is not None:
+            return bytes(self._memory.read(shared, n))
         out = bytearray()
         for window, first, end in self._parts(addr, n):
             self._usable(window, False, addr + len(out), len(out))
@@ -237,6 +258,10 @@ class Adversary:
 
     def write(self, addr: int, data: bytes) -> None:
         """A device writes."""
+        shared = self._shared(addr, len(data))
+        if shared is not None:
+            self._memory.write(shared, data)
+            return
         done = 0
         for window, first, end in self._parts(addr, len(data)):
             self._usable(window, True, addr + done, done)

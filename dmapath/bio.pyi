@@ -7,8 +7,14 @@ from dmapath.request import Mappable
 class Bio(Mappable):
     op: str
     sector: int
+    integrity: Bio | None
     def __init__(
-        self, vecs: Iterable[tuple[int, int]], *, op: str = "read", sector: int = 0
+        self,
+        vecs: Iterable[tuple[int, int]],
+        *,
+        op: str = "read",
+        sector: int = 0,
+        integrity: Iterable[tuple[int, int]] | Bio | None = None,
     ) -> None: ...
     @classmethod
     def from_phys(cls, vecs: Iterable[tuple[int, int]], op: str = "read", sector: int = 0) -> Bio: ...
@@ -25,5 +31,8 @@ class Bio(Mappable):
 class Request(Mappable):
     op: str
     bios: tuple[Bio, ...]
+    integrity: Bio | None
+    @property
+    def sector(self) -> int: ...
     def __init__(self, bios: Iterable[Bio]) -> None: ...
     def nr_phys_segments(self, limits: Device) -> int: ...

@@ -33,12 +33,11 @@ cdef class Bio(Mappable):
         read: from the device into memory.
     sector : int
         Where on the disk, in 512-byte sectors; carried, not used for mapping.
+    integrity : iterable of (phys, bytes), or a Bio
+        Memory of the blocks' metadata (bip vectors), mapped by itself; None: there is none.
     """
 
-    cdef readonly str op
-    cdef readonly object sector
-
-    def __init__(self, vecs, *, op="read", sector=0):
+    def __init__(self, vecs, *, op="read", sector=0, integrity=None):
         cdef uint64_t gaps = 0
         cdef uint32_t i
         if op not in _OPS:
@@ -49,6 +48,10 @@ cdef class Bio(Mappable):
         for i in range(1, self.nr):
             gaps |= junction(self.vecs_[i - 1].paddr.v, self.vecs_[i - 1].len, self.vecs_[i].paddr.v)
         self.rq.gap_mask = upward(gaps)
+        if integrity is not None:
+            self.integrity = integrity if isinstance(integrity, Bio) else Bio(integrity, op=op)
+            if self.integrity.op != op:
+                raise DmaValueError("of the bio's own operation", argument="integrity", value=integrity.op)
 
     @classmethod
     def from_phys(cls, vecs, op="read", sector=0):
@@ -77,8 +80,12 @@ cdef class Bio(Mappable):
         if len(pieces) == 1:
             return [self]
         bios, sector = [], self.sector
+        rest = None if self.integrity is None else self.integrity.vecs
         for piece in pieces:
-            bio = Bio(piece, op=self.op, sector=sector)
+            part = None
+            if rest is not None:  # each block's share goes with it
+                part, rest = _cut(rest, sum(n for _, n in piece) * self.integrity.total // self.total)
+            bio = Bio(piece, op=self.op, sector=sector, integrity=part)
             (<Bio>bio).keeps = self.keeps
             bios.append(bio)
             sector += bio.total // 512
@@ -136,9 +143,6 @@ def _cut(vecs, take):
 cdef class Request(Mappable):
     """Bios of one operation, merged back to back (a struct request)."""
 
-    cdef readonly str op
-    cdef readonly tuple bios
-
     def __init__(self, bios):
         cdef Bio bio, prev = None
         self.bios = tuple(bios)
@@ -157,6 +161,16 @@ cdef class Request(Mappable):
                 if last.paddr.v + last.len != first.paddr.v:  # mergeable neighbours leave no gap
                     self.rq.gap_mask |= upward(junction(last.paddr.v, last.len, first.paddr.v))
             prev = bio
+        parts = [bio.integrity for bio in self.bios]
+        if all(part is not None for part in parts):
+            self.integrity = Bio([v for part in parts for v in part.vecs], op=self.op)
+        elif any(part is not None for part in parts):
+            raise DmaValueError("metadata for all of its bios, or for none", argument="bios", value=len(self.bios))
+
+    @property
+    def sector(self):
+        """Where on the disk it begins, in 512-byte sectors."""
+        return self.bios[0].sector
 
     def __repr__(self):
         return f"Request({self.op}, {len(self.bios)} bios, {self.rq.total} bytes)"

@@ -17,6 +17,7 @@ __all__ = [
     "MappingError",
     "NoMemoryError",
     "NotSupportedError",
+    "NvmeError",
     "PermissionDeniedError",
     "StateError",
     "TraceError",
@@ -147,6 +148,26 @@ class CompletionError(VerbsError):
 
 def _rebuild_completion(rule: str, details: dict[str, int | str]) -> DmaError:
     return CompletionError(rule, **details)
+
+
+class NvmeError(DmaError):
+    """An NVMe command completed with an error. ``status`` is type << 8 | code, with do-not-retry in bit 14, and
+    ``status_name`` its name; ``opcode``, ``lba`` and ``blocks`` are the command's.
+    """
+
+    default_errno = _errno.EIO
+
+    def __init__(self, rule: str, *, status: int, status_name: str, opcode: int, lba: int, blocks: int) -> None:
+        self.status, self.status_name = status, status_name
+        self.opcode, self.lba, self.blocks = opcode, lba, blocks
+        super().__init__(rule)
+
+    def __reduce__(self) -> tuple[Callable[..., DmaError], tuple[object, ...]]:
+        return _rebuild_nvme, (self.rule, self.status, self.status_name, self.opcode, self.lba, self.blocks)
+
+
+def _rebuild_nvme(rule: str, status: int, status_name: str, opcode: int, lba: int, blocks: int) -> DmaError:
+    return NvmeError(rule, status=status, status_name=status_name, opcode=opcode, lba=lba, blocks=blocks)
 
 
 class TraceError(DmaError, ValueError):

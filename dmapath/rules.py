@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dmapath.device import Device
     from dmapath.request import Mappable
 
-__all__ = ["CASES", "RULES", "Rule"]
+__all__ = ["CASES", "LAYOUTS", "RULES", "Rule"]
 
 
 class Rule(NamedTuple):
@@ -28,6 +28,9 @@ class Rule(NamedTuple):
     source: str
     text: str
 
+
+#: Layout names, by enum dma_layout.
+LAYOUTS = ("none", "direct", "linear", "gapped", "per-range", "bounced")
 
 #: Case name -> (number in the acceptance matrix, words).
 CASES = {

@@ -31,7 +31,7 @@ from dmapath import (
     trace,
 )
 from dmapath.mr import LOCAL_WRITE, REMOTE_READ, REMOTE_WRITE, FastMr
-from dmapath.prp import build_prp
+from dmapath.descriptors import build_prp
 from dmapath.request import iterate
 
 ErrnoOf = Callable[..., int]

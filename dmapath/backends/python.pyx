@@ -17,6 +17,7 @@ a DmaError, whose errno the caller sees. Addresses and sizes are plain integers 
 ``merge_boundary``    attribute: granule - 1, or 0
 ``need_unmap``        attribute: whether addresses must be kept
 ``is_bounced``        (addr) -> bool
+``map_coherent``      (phys, size) -> DMA address at which the device shares the memory with the CPU; default: map_phys
 ``read``, ``write``   (addr, n) -> bytes, (addr, data): a device's access; DmaFault where it is refused
 ``counters``          () -> dict, shown by Device.counters()
 ====================  =========================================================================================
@@ -207,6 +208,15 @@ cdef class PythonBackend(Backend):
         if hasattr(self.owner, "read") and hasattr(self.owner, "write"):
             dev.bus = &py_bus
         return 0
+
+    cdef int map_coherent(self, dma_device *dev, uint64_t phys, uint64_t size, dma_addr_t *out) noexcept:
+        try:
+            if not hasattr(self.owner, "map_coherent"):
+                return Backend.map_coherent(self, dev, phys, size, out)
+            out.v = self.owner.map_coherent(phys, size)
+            return 0
+        except Exception as e:
+            return failed(e)
 
     def counters(self):
         """The owner's own ``counters()``, over zeros for what it does not count."""

@@ -206,6 +206,19 @@ static inline int dma_fault_at(struct dma_fault *f, uint64_t addr, uint64_t done
     return -EFAULT;
 }
 
+/* A device's registers as its driver reaches them, in the capsule "dmapath.mmio.v1". A simulated device has no thread of its
+ * own: it works while somebody waits for it, and relax() is how to wait. */
+struct dma_mmio {
+    void *priv;
+    uint64_t (*read)(void *priv, uint64_t offset, unsigned width);
+    void (*write)(void *priv, uint64_t offset, unsigned width, uint64_t value);
+    int (*relax)(void *priv); /* returns pieces of work that were done; 0: nothing was to do */
+};
+static inline uint64_t dma_readl(const struct dma_mmio *m, uint64_t offset) { return m->read(m->priv, offset, 4); }
+static inline uint64_t dma_readq(const struct dma_mmio *m, uint64_t offset) { return m->read(m->priv, offset, 8); }
+static inline void dma_writel(const struct dma_mmio *m, uint64_t offset, uint32_t v) { m->write(m->priv, offset, 4, v); }
+static inline void dma_writeq(const struct dma_mmio *m, uint64_t offset, uint64_t v) { m->write(m->priv, offset, 8, v); }
+
 /* ---- the calls of a driver -------------------------------------------------------------------------------------- */
 
 static inline int dma_map_phys(struct dma_device *d, phys_addr_t p, uint64_t size, enum dma_data_direction dir,
@@ -406,6 +419,7 @@ struct dmapath_api {
 #define DMAPATH_API_CAPSULE "dmapath.wrapper.api"
 #define DMAPATH_DEVICE_CAPSULE "dmapath.device"
 #define DMAPATH_OPS_CAPSULE "dmapath.ops.v1"
+#define DMAPATH_MMIO_CAPSULE "dmapath.mmio.v1" /* a struct dma_mmio *: a device's registers */
 #define DMAPATH_BUS_CAPSULE "dmapath.bus.v1" /* a struct dma_bus_ops *, beside a back end's own table */
 
 #ifdef __cplusplus
