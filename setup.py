@@ -33,7 +33,9 @@ MODULES = {
     "dmapath._bench": MEM,
     "dmapath.descriptors": [],
     "dmapath.devices.nvme": ["ext/devices/nvme.c"],
+    "dmapath.devices.rnic": ["ext/devices/rnic.c"],
     "dmapath.drivers.nvme": [],
+    "dmapath.drivers.rnic": ["ext/core/util.c"],
 }
 #: The same for RDMA hardware, built where rdma-core's headers are.
 VERBS = {

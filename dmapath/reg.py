@@ -20,6 +20,7 @@ from dmapath.costs import modelled_ns
 from dmapath.device import Device
 from dmapath.errors import DmaError
 from dmapath.memory import PhysMemory
+from dmapath.rdma import cut, entries_of
 
 if TYPE_CHECKING:
     from dmapath.verbs import Pd
@@ -119,7 +120,6 @@ def _sim_row(case: Case, method: str, op: str) -> dict[str, Any]:
 
 def _verbs_row(pd: Pd, case: Case, method: str, op: str, access: int | None, threads: int) -> dict[str, Any]:
     from dmapath.verbs import LOCAL_WRITE, REMOTE_READ, REMOTE_WRITE, Verbs, _plain
-    from dmapath.verbs.queue import cut, entries_of
 
     memory = case.arena()
     places = case.places()

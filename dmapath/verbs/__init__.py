@@ -13,10 +13,11 @@ except ImportError as e:
         "ibverbs-providers, then install dmapath again"
     ) from None
 from dmapath.mr import LOCAL_WRITE, MW_BIND, ON_DEMAND, REMOTE_ATOMIC, REMOTE_READ, REMOTE_WRITE
+from dmapath.rdma import REMOTE_ALL, STATUS
 from dmapath.verbs.exchange import accept, dial, meet, tell
 from dmapath.verbs.probe import FEATURES, require, self_test
-from dmapath.verbs.queue import STATUS, Batch, Completion, Cq, Qp, QpInfo, loopback
-from dmapath.verbs.resources import REMOTE_ALL, Context, Mr, Mw, Pd, devices, memlock
+from dmapath.verbs.queue import Batch, Completion, Cq, Qp, QpInfo, loopback
+from dmapath.verbs.resources import Context, Mr, Mw, Pd, devices, memlock
 
 __all__ = [
     "FEATURES",

@@ -12,9 +12,10 @@ from typing import Any
 from dmapath.bio import Bio
 from dmapath.device import Device, Mapping
 from dmapath.memory import PhysMemory
+from dmapath.rdma import REMOTE_ALL, cut, entries_of
 from dmapath.verbs.backend import Verbs
-from dmapath.verbs.queue import Qp, cut, entries_of, loopback
-from dmapath.verbs.resources import REMOTE_ALL, Context, Mr, Pd
+from dmapath.verbs.queue import Qp, loopback
+from dmapath.verbs.resources import Context, Mr, Pd
 
 __all__ = ["METHODS", "flow", "rows", "sentences"]
 

@@ -3,13 +3,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from dmapath import rdma
 from dmapath.device import Mapping
-from dmapath.errors import CompletionError
 from dmapath.verbs.resources import Context, Mr, Mw, Pd
 
 OPCODES: dict[str, int]
 STATES: tuple[str, ...]
-STATUS: dict[str, int]
 
 _Segments = Mapping | Mr | Iterable[Any]
 
@@ -25,20 +24,7 @@ class Cq:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
-@dataclass(frozen=True)
-class Completion:
-    request: int
-    status: int
-    opcode: str
-    length: int
-    imm: int | None
-    qp_num: int
-    failure: dict[str, Any] | None
-    @property
-    def ok(self) -> bool: ...
-    @property
-    def status_name(self) -> str: ...
-    def error(self) -> CompletionError | None: ...
+class Completion(rdma.Completion): ...
 
 @dataclass(frozen=True)
 class QpInfo:
@@ -55,9 +41,6 @@ class Batch:
     n: int
     def __init__(self, n: int, *, addr: Any, lkey: Any, length: Any, remote_addr: Any = 0, rkey: Any = 0) -> None: ...
     def __len__(self) -> int: ...
-
-def entries_of(segments: _Segments) -> list[tuple[int, int, int]]: ...
-def cut(entries: Iterable[tuple[int, int, int]], max_sge: int, max_bytes: int) -> list[list[tuple[int, int, int]]]: ...
 
 class Qp:
     pd: Pd

@@ -32,13 +32,14 @@ from dmapath.verbs.ibv cimport (
 )
 from dmapath.verbs.resources cimport Context, Mr, Mw, Pd, failed
 
+from dmapath import rdma
 from dmapath.addr import as_length
 from dmapath.errors import (
     AddressTypeError, CompletionError, DmaValueError, NoMemoryError, NotSupportedError, StateError, VerbsError,
 )
 from dmapath.mr import LOCAL_WRITE, MW_BIND
+from dmapath.rdma import REMOTE_ALL, cut, entries_of
 from dmapath.verbs.bridge import is_pyverbs
-from dmapath.verbs.resources import REMOTE_ALL
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -55,11 +56,7 @@ _NAMES = {**{number: name for name, number in OPCODES.items()}, IBV_WR_ATOMIC_CM
 #: Opcodes of completions (enum ibv_wc_opcode).
 _WC_NAMES = {0: "send", 1: "write", 2: "read", 3: "cmp_swp", 4: "fetch_add", 5: "bind_mw", 6: "local_inv", 128: "recv",
              129: "recv_write_imm"}
-_LOCAL = ("recv", "send", "send_imm", "local_inv", "bind_mw")
 STATES = ("reset", "init", "rtr", "rts", "sqd", "sqe", "error", "unknown")
-#: Completion statuses by name (enum ibv_wc_status).
-STATUS = {"success": 0, "loc_len": 1, "loc_qp_op": 2, "loc_prot": 4, "flush": 5, "mw_bind": 6, "bad_resp": 7,
-          "rem_inv_req": 9, "rem_access": 10, "rem_op": 11, "retry": 12, "rnr_retry": 13}
 
 
 # poll until something comes, giving the processor away now and then; for 20 ms at most, or until the end
@@ -228,39 +225,13 @@ cdef class Cq:
         free(self.wc)
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One completion: the request's id, its status (0: success), what it was, bytes received, immediate data, queue pair."""
-
-    request: int
-    status: int
-    opcode: str
-    length: int
-    imm: int | None
-    qp_num: int
-    failure: dict | None
-
-    @property
-    def ok(self):
-        """Whether it succeeded."""
-        return self.status == 0
+class Completion(rdma.Completion):
+    """A completion of a real queue."""
 
     @property
     def status_name(self):
         """In libibverbs' words."""
         return ibv_wc_status_str(<ibv_wc_status><int>self.status).decode()
-
-    def error(self):
-        """The CompletionError that says what failed, or None."""
-        if self.ok:
-            return None
-        f = dict(self.failure or dict(opcode=self.opcode, segment=0, address=0, key=0, length=0))
-        where = "local " if f["opcode"] in _LOCAL else "remote "
-        words = (f"request {self.request} ({f['opcode']}, {f['length']} bytes) of queue pair {self.qp_num}: "
-                 f"{self.status_name} ({self.status}), work request {f['segment']} of it, {where}address {f['address']:#x}, "
-                 f"key {f['key']:#x}; Qp.recover() brings the queue pair back")
-        return CompletionError(words, status=self.status, status_name=self.status_name, request=self.request,
-                               qp_num=self.qp_num, **f)
 
 
 @dataclass(frozen=True)
@@ -354,43 +325,6 @@ cdef ibv_wr_opcode opcode_of(name) except *:
     if name not in OPCODES:
         raise DmaValueError("write, read, write_imm, send or send_imm", argument="opcode", value=name)
     return <ibv_wr_opcode><int>OPCODES[name]
-
-
-def entries_of(segments):
-    """(address, bytes, lkey) of a Mapping, an Mr, Segments or such triples."""
-    if isinstance(segments, Mr):
-        return [segments.segment()]
-    out = []
-    for i, s in enumerate(segments):
-        if isinstance(s, tuple):
-            addr, n, key = s
-            out.append((int(addr), as_length(n, f"segments[{i}].length", least=0), key))
-        elif getattr(s, "lkey", 0):
-            out.append((int(s.addr), s.length, s.lkey))
-        else:
-            raise AddressTypeError("a Segment with keys or (address, bytes, lkey) is wanted", argument=f"segments[{i}]",
-                                   value=s)
-    return out
-
-
-def cut(entries, max_sge, max_bytes):
-    """Entries (address, bytes, lkey) in groups of one work request each: at most ``max_sge`` of them and ``max_bytes``.
-    Entries that touch under one key are joined, empty ones left out; there is always a group, if only an empty one."""
-    groups, room, joined = [[]], max_bytes, []
-    for addr, n, key in entries:
-        if joined and joined[-1][2] == key and joined[-1][0] + joined[-1][1] == addr:
-            joined[-1][1] += n
-        else:
-            joined.append([addr, n, key])
-    for addr, n, key in joined:
-        while n:
-            if room == 0 or len(groups[-1]) == max_sge:
-                groups.append([])
-                room = max_bytes
-            part = min(n, room)
-            groups[-1].append((addr, part, key))
-            addr, n, room = addr + part, n - part, room - part
-    return groups
 
 
 @cython.no_gc_clear  # __dealloc__ needs what it was made in
@@ -848,7 +782,7 @@ cdef class Qp:
             length += sge[i].length
         if name == "local_inv":
             key = wr.invalidate_rkey
-        elif name not in _LOCAL:
+        elif name not in rdma.LOCAL_OPCODES:
             address, key = wr_remote_addr(wr), wr_rkey(wr)
         elif n:
             address, key = sge[0].addr, sge[0].lkey

@@ -3,7 +3,6 @@ from typing import Any
 
 from dmapath.addr import DmaAddr
 
-REMOTE_ALL: int
 
 def memlock() -> tuple[int, int | None]: ...
 def pin_text(size: int) -> str: ...

@@ -24,11 +24,8 @@ from dmapath.verbs.ibv cimport (
 
 from dmapath.addr import DmaAddr, as_length
 from dmapath.errors import AddressTypeError, DmaValueError, NotSupportedError, StateError, VerbsError
-from dmapath.mr import REMOTE_ATOMIC, REMOTE_READ, REMOTE_WRITE, WRITABLE
+from dmapath.mr import REMOTE_READ, WRITABLE
 from dmapath.verbs.bridge import is_pyverbs, pyverbs_mr
-
-#: What a remote side may do, all of it.
-REMOTE_ALL = REMOTE_WRITE | REMOTE_READ | REMOTE_ATOMIC
 
 
 cdef unsigned long forks = 0  # how often this process has become a child since the module was loaded

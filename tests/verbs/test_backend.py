@@ -32,8 +32,8 @@ from dmapath import (
 )
 from dmapath.compare import transfer
 from dmapath.errors import CompletionError
+from dmapath.rdma import cut, entries_of
 from dmapath.verbs import LOCAL_WRITE, STATUS, Mr, Pd, Qp, Verbs, loopback
-from dmapath.verbs.queue import cut, entries_of
 
 PAGE = 4096
 KEPT = {"cache": 1 << 18}

@@ -16,8 +16,8 @@ from rdma import RIGHTS
 
 from dmapath import DmaValueError, NoMemoryError, StateError
 from dmapath.errors import AddressTypeError, CompletionError, VerbsError
+from dmapath.rdma import cut
 from dmapath.verbs import LOCAL_WRITE, REMOTE_READ, STATUS, Batch, Completion, Cq, Mr, Pd, Qp, QpInfo, loopback
-from dmapath.verbs.queue import cut
 
 Pair = tuple[Qp, Qp]
 
