@@ -224,9 +224,9 @@ class Adversary:
     def sync_for_device(self, addr: int, size: int, dir: str) -> None:
         """dma_sync_single_for_device."""
         for window, first, end in self._parts(addr, size):
-            if window.dir != "from_device":
-                window.data[first:end] = self._memory.read(window.phys + first, end - first)
-                window.before = bytes(window.data)
+            # of what only the device writes too: what it leaves alone must come back as the CPU has it now
+            window.data[first:end] = self._memory.read(window.phys + first, end - first)
+            window.before = bytes(window.data)
 
     def _usable(self, window: Window, write: bool, at: int, done: int) -> None:
         reason = ""

@@ -1,0 +1,116 @@
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+from dmapath.addr import DmaAddr
+from dmapath.device import Device, Mapping, Segment
+from dmapath.memory import PhysMemory
+from dmapath.rdma import Completion
+
+OPCODES: dict[str, int]
+
+class _Closing:
+    def __enter__(self) -> Any: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+class Context(_Closing):
+    hca: Any
+    device: Device
+    attr: dict[str, int]
+    children: int
+    def __init__(self, hca: object, device: Device) -> None: ...
+    def close(self) -> None: ...
+
+class Pd:
+    context: Context
+    number: int
+    def __init__(self, context: Context) -> None: ...
+
+class Mr(_Closing):
+    pd: Pd
+    addr: DmaAddr
+    length: int
+    lkey: int
+    rkey: int
+    access: int
+    def __init__(
+        self,
+        pd: Pd,
+        memory: PhysMemory,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        iova: int | None = None,
+        access: int = 1,
+    ) -> None: ...
+    def segment(self, offset: int = 0, length: int | None = None) -> tuple[int, int, int]: ...
+    def dereg(self) -> None: ...
+    def release(self) -> None: ...
+
+class FastMr(_Closing):
+    pd: Pd
+    key: int
+    max_pages: int
+    addr: DmaAddr
+    length: int
+    def __init__(self, pd: Pd, max_pages: int = 256) -> None: ...
+    @property
+    def lkey(self) -> int: ...
+    @property
+    def rkey(self) -> int: ...
+    def segment(self, offset: int = 0, length: int | None = None) -> tuple[int, int, int]: ...
+    def free(self) -> None: ...
+
+class Cq(_Closing):
+    context: Context
+    cqe: int
+    def __init__(self, context: Context, cqe: int = 256) -> None: ...
+    def poll(self, n: int = 64, timeout: float = 0.0) -> list[Completion]: ...
+    def close(self) -> None: ...
+
+_Segments = Mapping | Mr | FastMr | Iterable[Any]
+
+class Qp(_Closing):
+    pd: Pd
+    send_cq: Cq
+    recv_cq: Cq
+    qp_num: int
+    depth: int
+    recv_depth: int
+    max_sge: int
+    max_inline: int
+    state: str
+    def __init__(
+        self,
+        pd: Pd,
+        cq: Cq | None = None,
+        *,
+        recv_cq: Cq | None = None,
+        max_send_wr: int = 128,
+        max_recv_wr: int = 128,
+    ) -> None: ...
+    def connect(self, remote: int, *, access: int = 15, rnr_retry: int = 7) -> None: ...
+    def fail(self) -> None: ...
+    def reset(self) -> None: ...
+    def recover(self) -> None: ...
+    @property
+    def outstanding(self) -> int: ...
+    def post(
+        self, opcode: str, segments: _Segments, remote_addr: int = 0, rkey: int = 0, *, imm: int = 0, inline: bool = False
+    ) -> int: ...
+    def write(self, segments: _Segments, remote_addr: int, rkey: int) -> None: ...
+    def read(self, segments: _Segments, remote_addr: int, rkey: int) -> None: ...
+    def fetch_add(self, segment: Any, remote_addr: int, rkey: int, add: int) -> int: ...
+    def cmp_swp(self, segment: Any, remote_addr: int, rkey: int, compare: int, swap: int) -> int: ...
+    def reg_mr(
+        self, mr: FastMr, segments: Sequence[Segment] | Mapping, *, access: int = 1, sg_offset: int = 0
+    ) -> tuple[int, int]: ...
+    def local_inv(self, rkey: int) -> int: ...
+    def recv(self, segments: _Segments) -> int: ...
+    def wait(self, request: int, timeout: float = 10.0) -> None: ...
+    def arrived(self, timeout: float = 10.0) -> Completion: ...
+    def close(self) -> None: ...
+
+def loopback(pd: Pd, **options: Any) -> tuple[Qp, Qp]: ...
