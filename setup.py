@@ -35,6 +35,7 @@ MODULES = {
     "dmapath.devices.nvme": ["ext/devices/nvme.c"],
     "dmapath.devices.rnic": ["ext/devices/rnic.c"],
     "dmapath.drivers.nvme": [],
+    "dmapath.mmio": [],
     "dmapath.drivers.registered": ["ext/core/util.c"],
     "dmapath.drivers.rnic": ["ext/core/util.c"],
 }

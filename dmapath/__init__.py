@@ -23,6 +23,7 @@ from dmapath.errors import (
     MappingError,
     NoMemoryError,
     NotSupportedError,
+    NvmeError,
     PermissionDeniedError,
     StateError,
     TraceError,
@@ -31,7 +32,7 @@ from dmapath.explain import Explanation
 from dmapath.hmm import HmmMap, OdpRegion
 from dmapath.memory import HostBuffer, PhysMemory
 from dmapath.mr import MemoryRegion
-from dmapath.observe import Exposure, FaultInjector, StaleUseError
+from dmapath.observe import Exposure, FaultInjector, History, StaleUseError
 from dmapath.pci import Bar, Fabric, RootComplex
 from dmapath.swiotlb import Swiotlb
 from dmapath.tracer import Tracer
@@ -68,6 +69,7 @@ __all__ = [
     "Fabric",
     "FaultInjector",
     "GrantTable",
+    "History",
     "HmmMap",
     "HostBuffer",
     "Iommu",
@@ -79,6 +81,7 @@ __all__ = [
     "MemoryRegion",
     "NoMemoryError",
     "NotSupportedError",
+    "NvmeError",
     "OdpRegion",
     "PermissionDeniedError",
     "PhysAddr",

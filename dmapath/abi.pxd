@@ -18,6 +18,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
     uint64_t DMA_MAPPING_ERROR_V
     uint64_t DMA_IOVA_USE_SWIOTLB
     const char *DMAPATH_API_CAPSULE
+    const char *DMAPATH_MEMORY_CAPSULE
     const char *DMAPATH_DEVICE_CAPSULE
     const char *DMAPATH_OPS_CAPSULE
     const char *DMAPATH_BUS_CAPSULE
@@ -213,6 +214,10 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint64_t pos
         dma_seg held
         phys_vec window[64]
+    struct dmapath_memory_api:
+        uint32_t abi
+        uint32_t size
+        int (*access)(dma_device *, phys_addr_t, uint64_t, void *, int, dma_fault *) noexcept nogil
     struct dmapath_api:
         uint32_t abi
         uint32_t size

@@ -20,7 +20,9 @@ from dmapath.backends.iommu import Iommu
 from dmapath.bio import Bio
 from dmapath.cli_common import Number, draw, picture, write
 from dmapath.cli_guest import KERNEL_OPTION, doctor, guest, rxe
+from dmapath.cli_matrix import matrix
 from dmapath.cli_verbs import compare_on_verbs, needs_a_device, ping, reg
+from dmapath.descriptors import DataPointer, Prp, describe_request
 from dmapath.device import Device
 from dmapath.errors import DmaError
 from dmapath.explain import Explanation
@@ -29,7 +31,7 @@ from dmapath.mr import MemoryRegion
 from dmapath.pci import ACS_RR, Fabric, Function
 from dmapath.replay import Report
 from dmapath.replay import replay as replay_trace
-from dmapath.request import Mappable
+from dmapath.request import Mappable, iterate
 from dmapath.rules import CASES
 from dmapath.swiotlb import Swiotlb
 from dmapath.xen import XenDomain
@@ -65,7 +67,7 @@ def cli() -> None:
     """How buffers reach a device: mapped, explained, and compared with a kernel's trace."""
 
 
-for command in (doctor, guest, rxe, reg, ping):
+for command in (doctor, guest, rxe, reg, ping, matrix):
     cli.add_command(command)
 
 
@@ -209,10 +211,15 @@ def compare(json_path: str | None, plot_path: str | None, backend: str, host: bo
 @click.option("--virt-boundary", type=Number(), default=0, help="Mask; 0xfff: the device takes no gaps (PRP).")
 @click.option("--dma-alignment", type=Number(), default=0, help="Mask of address and length bits that must be 0.")
 @click.option("--forcedac", is_flag=True, help="Do not try IOVA below 4 GiB first.")
+@click.option("--nvme", type=click.Choice(["auto", "prp", "sgl"]), is_flag=False, flag_value="auto", default=None,
+              help="The NVMe command's descriptors too, as Linux picks them, or in this form.")  # fmt: skip
+@click.option("--sgl-threshold", type=Number(), default=32768, show_default=True, help="--nvme: average segment from which "
+              "SGLs are used; 0: where they must be.")  # fmt: skip
+@click.option("--no-sgl", is_flag=True, help="--nvme: the controller takes PRP entries alone.")
 @click.option("--json", "as_json", is_flag=True)
 def explain(
     ranges: tuple[tuple[int, int], ...], policy: str, backend: str, mode: str, direction: str, as_json: bool,
-    **options: Any,
+    nvme: str | None, sgl_threshold: int, no_sgl: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Will this buffer list become one range, a gapped range, many ranges, a bounce or an error, and by which rule?"""
     options["coherent"] = not options.pop("non_coherent")
@@ -223,10 +230,64 @@ def explain(
     else:
         request = Bio.from_phys(ranges, op=_OPS[direction])
     told = device.explain(request, policy)
+    pointer: DataPointer | DmaError | None = None
+    if nvme is not None and told.error is None:
+        pointer = _data_pointer(told, request, device, nvme, sgl_threshold, not no_sgl)
     if as_json:
-        click.echo(json.dumps(told.to_dict(), indent=1))
+        found = {"nvme": _pointer_dict(pointer)} if pointer is not None else {}
+        click.echo(json.dumps({**told.to_dict(), **found}, indent=1))
     else:
         _print_explanation(_console(), told)
+        if pointer is not None:
+            _print_pointer(_console(), pointer)
+
+
+def _data_pointer(
+    told: Explanation, request: Mappable, device: Device, form: str, threshold: int, sgl: bool
+) -> DataPointer | DmaError:
+    """What the request becomes in a command, or why one command cannot say it."""
+    try:
+        return describe_request(told.segments, gap_mask=request.gap_mask, physical=len(iterate(request, device)), form=form,
+                                sgl=sgl, sgl_threshold=threshold)  # fmt: skip
+    except DmaError as e:
+        return e
+
+
+def _pointer_dict(pointer: DataPointer | DmaError) -> dict[str, Any]:
+    if isinstance(pointer, DmaError):
+        return {"refused": pointer.rule, "argument": pointer.argument, "value": str(pointer.value), "errno": pointer.errno}
+    d = pointer.descriptors
+    out: dict[str, Any] = {
+        "form": pointer.form, "rule": pointer.rule, "source": pointer.source, "because": pointer.because,
+        "list_pages": pointer.list_pages, "list_entries": pointer.list_entries, "pool": d.pool,
+    }  # fmt: skip
+    if isinstance(d, Prp):
+        lists = [[hex(at) for at in page] for page in d.lists]
+        return {**out, "prp1": hex(d.prp1), "prp2": None if d.prp2 is None else hex(d.prp2), "lists": lists}
+    return {**out, "blocks": [{"addr": hex(at), "len": n} for at, n in d.blocks]}
+
+
+def _print_pointer(console: Console, pointer: DataPointer | DmaError) -> None:
+    """The descriptors, or the rule that refuses them; long lists by their ends."""
+    if isinstance(pointer, DmaError):
+        console.print(f"\nNVMe command: refused: {pointer}", highlight=False)
+        return
+    d = pointer.descriptors
+    memory = "in the command alone" if not pointer.list_pages else (
+        f"{pointer.list_entries} in {pointer.list_pages} {'page' if pointer.list_pages == 1 else 'pages'} of list "
+        f"({'256 bytes' if d.pool == 'small' else '4096 bytes'} each)")  # fmt: skip
+    console.print(f"\nNVMe command: {pointer.form.upper()}, descriptors {memory}", highlight=False)
+    lines = []
+    if isinstance(d, Prp):
+        lines.append(f"prp1 {hex(d.prp1)}")
+        lines.append(f"prp2 {hex(d.prp2)}" if d.prp2 is not None else "prp2 the list" if d.lists else "prp2 not used")
+        lines += [f"list {i}[{k}] {hex(at)}" for i, page in enumerate(d.lists) for k, at in enumerate(page)]
+    else:
+        lines += [f"data block {hex(at)} + {n:#x}" for at, n in d.blocks]
+    shown = lines if len(lines) <= 20 else [*lines[:12], f"... {len(lines) - 16} more ...", *lines[-4:]]
+    for line in shown:
+        console.print(f"  {line}", highlight=False)
+    console.print(f"  {pointer.rule}: {pointer.because}\n      from {pointer.source}", highlight=False)
 
 
 def _explained_device(ranges: tuple[tuple[int, int], ...], backend: str, mode: str, options: dict[str, Any]) -> Device:

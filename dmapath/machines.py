@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ class Machine:
     kinds: list[str] = field(default_factory=list)
     keep: list[Any] = field(default_factory=list)
     before: dict[str, int] = field(default_factory=dict)
+    stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         places = list(range(HOST_SLOTS))
@@ -57,14 +59,18 @@ class Machine:
         counters = self.device.counters()
         return {name: counters[name] for name in LIVE_COUNTERS}
 
+    def close(self) -> None:
+        """Give back what the machine holds beside memory."""
+        self.stack.close()
+
     def leaks(self) -> dict[str, int]:
         """What stands now and did not stand when the machine was made."""
         now = self.live()
         return {name: n - self.before[name] for name, n in now.items() if n != self.before[name]}
 
 
-def _memory(layout: Any = "contiguous") -> PhysMemory:
-    return PhysMemory(HOST_SLOTS * SLOT, base=1 << 32, layout=layout)
+def _memory() -> PhysMemory:
+    return PhysMemory(HOST_SLOTS * SLOT, base=1 << 32)
 
 
 def _plain(name: str, limits: dict[str, Any], **kw: Any) -> Machine:
@@ -93,6 +99,20 @@ def _peers(name: str, limits: dict[str, Any]) -> Machine:
     return Machine(name, memory, device, slots, ["peer"] * len(slots), [bars])
 
 
+def real(limits: dict[str, Any], **options: Any) -> Machine:
+    """A real RDMA device and its memory; ``options`` are those of ``dmapath.verbs.Verbs``. ``keep`` holds its Pd and the
+    Verbs.
+    """
+    from dmapath import verbs
+
+    stack = ExitStack()
+    pd = stack.enter_context(verbs.Pd(stack.enter_context(verbs.Context())))
+    memory = _memory()
+    back = stack.enter_context(verbs.Verbs(pd, memory, **options))
+    device = Device(backend=back, memory=memory, **limits)
+    return Machine("verbs", memory, device, keep=[pd, back], stack=stack)
+
+
 #: Machine name -> how to make it, given the limits of the hardware (keyword arguments of Device).
 MACHINES: dict[str, Callable[[str, dict[str, Any]], Machine]] = {
     "direct": _plain,
@@ -106,14 +126,16 @@ MACHINES: dict[str, Callable[[str, dict[str, Any]], Machine]] = {
 
 
 def names_of_all() -> list[str]:
-    """Every machine that ``make`` knows: this package's, and a machine for each back end of other packages."""
+    """Every simulated machine: this package's, and a machine for each back end of other packages."""
     return [*MACHINES, *(name for name in names("backends") if name not in MACHINES)]
 
 
 def make(name: str, limits: dict[str, Any] | None = None) -> Machine:
-    """A fresh machine. DmaValueError where no machine, and no package's back end, is of that name."""
+    """A fresh machine; "verbs" is a real one, on this computer's first RDMA device. DmaValueError where no machine, and no package's back end, is of that name."""
+    if name == "verbs":
+        return real(limits or {})
     if name in MACHINES:
         return MACHINES[name](name, limits or {})
     if name not in names("backends"):
-        raise DmaValueError(f"one of {', '.join(names_of_all())}", argument="name", value=name)
+        raise DmaValueError(f"one of {', '.join(names_of_all())}, verbs", argument="name", value=name)
     return _plain(name, limits or {}, backend=find("backends", name)())

@@ -96,13 +96,11 @@ def _verbs_rig(registration: str) -> Rig:
     options = dict(REGISTRATIONS[registration])
     if "cache" in options:
         options["mode"] = "linear"  # there it is windows that are kept
-    stack = ExitStack()
-    pd = stack.enter_context(verbs.Pd(stack.enter_context(verbs.Context())))
-    disk = bytearray(DISK)
+    machine = machines.real({}, **options)
+    pd, back = machine.keep
+    stack, disk = ExitStack(), bytearray(DISK)
+    stack.callback(machine.close)
     region = stack.enter_context(verbs.Mr(pd, disk, access=1 | REMOTE_ALL))
-    memory = PhysMemory(machines.HOST_SLOTS * machines.SLOT, layout="scattered", seed=4)
-    back = stack.enter_context(verbs.Verbs(pd, memory, **options))
-    machine = machines.Machine("verbs", memory, Device(backend=back, memory=memory))
     near, other = (stack.enter_context(qp) for qp in verbs.loopback(pd))
     driver = stack.enter_context(Rblk(machine.device, near, region.addr, region.rkey, DISK))
 

@@ -3,6 +3,8 @@ from typing import Any, Literal
 
 from dmapath.addr import PhysAddr
 
+api: Any
+
 class PhysMemory:
     fd: int
     size: int

@@ -10,15 +10,19 @@ cimport cython
 from cpython.buffer cimport (
     PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
+from cpython.pycapsule cimport PyCapsule_New
 from libc.errno cimport EEXIST, ERANGE, errno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from dmapath._core cimport (
-    phys_mem_add, phys_mem_copy, phys_mem_destroy, phys_mem_evict, phys_mem_full, phys_mem_host, phys_mem_init,
+    phys_mem_add, phys_mem_copy, phys_mem_destroy, phys_mem_dma, phys_mem_evict, phys_mem_full, phys_mem_host, phys_mem_init,
     phys_mem_read_lock, phys_mem_read_unlock, phys_mem_remove,
 )
-from dmapath.abi cimport phys_mem
+from dmapath.abi cimport (
+    DMA_FAULT_BUS, DMAPATH_ABI, DMAPATH_MEMORY_CAPSULE, dma_device, dma_fault, dma_fault_at, dmapath_memory_api, phys_addr_t,
+    phys_mem,
+)
 
 from dmapath.addr import PhysAddr, as_length, as_phys
 from dmapath.errors import (
@@ -431,3 +435,22 @@ cdef class HostBuffer:
         if offset + length > self.view.len:
             raise DmaValueError(f"offset + length within {self.view.len} bytes", argument="length", value=length)
         return _runs(self.frames_, self.offset + offset, length, PAGE)
+
+
+# a device's access by physical address, for buses of other packages' back ends
+cdef int memory_access(dma_device *dev, phys_addr_t phys, uint64_t n, void *buf, int write, dma_fault *fault) noexcept nogil:
+    cdef uint64_t done
+    if dev.mem == NULL:
+        return dma_fault_at(fault, phys.v, 0, DMA_FAULT_BUS, write)
+    phys_mem_read_lock(dev.mem)
+    done = phys_mem_dma(dev.mem, dev, phys.v, buf, n, write)
+    phys_mem_read_unlock(dev.mem)
+    return 0 if done == n else dma_fault_at(fault, phys.v, done, DMA_FAULT_BUS, write)
+
+
+cdef dmapath_memory_api api_table
+api_table.abi = DMAPATH_ABI
+api_table.size = sizeof(dmapath_memory_api)
+api_table.access = memory_access
+#: Capsule with the ``struct dmapath_memory_api`` for C and Cython back ends.
+api = PyCapsule_New(<void *>&api_table, DMAPATH_MEMORY_CAPSULE, NULL)

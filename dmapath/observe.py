@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno as _errno
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from dmapath.device import Device
 from dmapath.errors import DmaError, DmaValueError, NotSupportedError
 
-__all__ = ["Exposed", "Exposure", "FaultInjector", "StaleUse", "StaleUseError"]
+__all__ = ["Exposed", "Exposure", "Fault", "FaultInjector", "History", "StaleUse", "StaleUseError"]
 
 #: The calls that can be made to fail.
 OPS = ("map_phys", "unmap_phys", "iova_try_alloc", "iova_link", "iova_link_vec", "iova_link_gapped", "iova_sync",
@@ -47,6 +48,60 @@ class FaultInjector:
                 if not self.left:
                     return self.errno
         return None
+
+
+@dataclass
+class Fault:
+    """An access of the device that was refused: at which DMA address, where in the code it was set going, and what became of
+    the mappings around that address before (oldest first).
+    """
+
+    addr: int
+    write: bool
+    where: str
+    history: list[str]
+
+    def __str__(self) -> str:
+        past = "\n".join(f"    {line}" for line in self.history) or "    nothing was ever mapped there"
+        return f"{'write' if self.write else 'read'} of {self.addr:#x} refused, from {self.where}; of this address:\n{past}"
+
+
+class History:
+    """An observer that remembers the last calls, so that a fault can be told with what became of its mapping."""
+
+    def __init__(self, calls: int = 4096) -> None:
+        self._calls: deque[tuple[int, int, str]] = deque(maxlen=calls)
+        self.faults: list[Fault] = []
+
+    def after(self, call: Any) -> None:
+        """Note the call, or the fault."""
+        if call.op == "access":
+            if call.rc < 0:
+                at = int(call.addr) + int(call.done or 0)
+                self.faults.append(Fault(at, bool(call.write), call.where, self.of(at)))
+            return
+        result = "" if call.rc is None or call.rc >= 0 else f" failed: {_errno.errorcode.get(-call.rc, call.rc)}"
+        for first, size, phys in _spans(call):
+            memory = f" of {phys:#x}" if phys is not None else ""
+            way = f" {call.dir}" if call.dir else ""
+            text = f"{call.op} [{first:#x}, {first + size:#x}){memory}{way}{result}, from {call.where}"
+            self._calls.append((first, first + size, text))
+
+    def of(self, addr: int) -> list[str]:
+        """What was done to mappings of a DMA address, oldest first."""
+        return [text for first, end, text in self._calls if first <= addr < end]
+
+
+def _spans(call: Any) -> list[tuple[int, int, int | None]]:
+    """(DMA address, bytes, physical address) of what a call is about."""
+    if call.segments:
+        return [(int(at), int(n), None) for at, n in call.segments]
+    if call.state is None:
+        return [] if call.addr is None or not call.size else [(int(call.addr), int(call.size), call.phys)]
+    start, size = int(call.state[0]), int(call.state[1])
+    if call.vecs:
+        return [(start + int(call.offset or 0), size - int(call.offset or 0), int(call.vecs[0][0]))]
+    return [(start + int(call.offset or 0), int(call.size or size), call.phys)]
 
 
 class StaleUseError(DmaError):

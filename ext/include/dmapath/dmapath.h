@@ -416,6 +416,13 @@ struct dmapath_api {
     int (*map_next)(struct dma_device *, struct dma_map_state *, struct dma_map_iter *, struct dma_seg *);
     int (*unmap)(struct dma_device *, struct dma_map_state *);
 };
+/* Memory as a back end's bus reaches it, in the capsule "dmapath.memory.api": by physical address, with or without the CPU's
+ * caches as the device has it. 0, or -EFAULT and *fault where there is no memory. */
+struct dmapath_memory_api {
+    uint32_t abi, size;
+    int (*access)(struct dma_device *, phys_addr_t, uint64_t len, void *buf, int write, struct dma_fault *fault);
+};
+#define DMAPATH_MEMORY_CAPSULE "dmapath.memory.api"
 #define DMAPATH_API_CAPSULE "dmapath.wrapper.api"
 #define DMAPATH_DEVICE_CAPSULE "dmapath.device"
 #define DMAPATH_OPS_CAPSULE "dmapath.ops.v1"

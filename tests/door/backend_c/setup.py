@@ -1,0 +1,4 @@
+import dmapath
+from setuptools import Extension, setup
+
+setup(ext_modules=[Extension("dmapath_window", ["window.c"], include_dirs=[dmapath.get_include()])])

@@ -1,0 +1,6 @@
+import dmapath
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+setup(ext_modules=cythonize([Extension("dmapath_checksum_driver", ["dmapath_checksum_driver.pyx"],
+                                       include_dirs=[dmapath.get_include()])], language_level="3"))
