@@ -74,7 +74,7 @@ cdef form_choice nvme_form(const dma_seg *segs, uint32_t n, uint32_t physical, u
             out.form, out.why = FORM_SGL, ONE_PIECE
         else:
             out.why = TWO_ENTRIES
-    elif threshold and (total + n - 1) / n >= threshold:
+    elif threshold and total + n - 1 >= threshold * n:
         out.form, out.why = FORM_SGL, THRESHOLD
     else:
         out.why = BELOW
@@ -86,7 +86,7 @@ cdef uint64_t prp_more(const dma_seg *s, uint32_t n) noexcept nogil:
     cdef uint64_t pages = 0
     cdef uint32_t i
     for i in range(n):
-        pages += ((s[i].addr.v & (PAGE - 1)) + s[i].len + PAGE - 1) / PAGE
+        pages += ((s[i].addr.v & (PAGE - 1)) + s[i].len + PAGE - 1) // PAGE
     return pages - 1
 
 
@@ -108,7 +108,7 @@ cdef int desc_pages(uint32_t form, const dma_seg *segs, uint32_t n, bint quirks,
     if more <= 1:
         return 0
     small[0] = more <= SMALL_ENTRIES
-    more = 1 if more <= ENTRIES else (more - 2) / (ENTRIES - 1) + 1
+    more = 1 if more <= ENTRIES else (more - 2) // (ENTRIES - 1) + 1
     return <int>more if more <= LIST_PAGES else -E2BIG
 
 

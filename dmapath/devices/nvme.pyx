@@ -124,9 +124,11 @@ cdef class NvmeController:
     @property
     def errors(self):
         """The error log, newest first: list of NvmeErrorEntry (at most 64)."""
+        cdef nvme_error *e
+        cdef uint64_t i
         out = []
         for i in range(min(self.c.nerrors, NVME_ERRORS)):
-            e = self.c.log[(self.c.nerrors - 1 - i) % NVME_ERRORS]
+            e = &self.c.log[(self.c.nerrors - 1 - i) % NVME_ERRORS]
             out.append(NvmeErrorEntry(e.count, e.sq, e.cid, e.status, e.byte, e.bit, e.lba, e.nsid))
         return out
 

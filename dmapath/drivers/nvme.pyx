@@ -38,6 +38,7 @@ from dmapath.nvme_status import status_name
 cdef enum:
     SEGMENTS = 1024     # of one command, more than any descriptor list holds
     SMALL = 256         # bytes of a piece of the small pool
+    INTERNAL = 6        # status of what a dead controller took with it; may be tried again
     IDLE = 10000        # looks without anything to see, until the controller is taken for dead
     ADMIN_DEPTH = 16
 
@@ -419,7 +420,7 @@ cdef class Nvme:
     cdef readonly int queue_depth, block_size, metadata_size
     cdef readonly object blocks, max_bytes, limits, identity
     cdef list live
-    cdef bint up
+    cdef bint up, dead
 
     def __cinit__(self, controller, Device device not None, *, int queue_depth=32, form="auto", sgl_threshold=32768,
                   policy="unified", int retries=5):
@@ -493,9 +494,9 @@ cdef class Nvme:
         dma_writel(self.q.regs, NVME_AQA, (ADMIN_DEPTH - 1) << 16 | ADMIN_DEPTH - 1)
         dma_writeq(self.q.regs, NVME_ASQ, self.admin_sq.addr_.v)
         dma_writeq(self.q.regs, NVME_ACQ, self.admin_cq.addr_.v)
+        self.up = True
         dma_writel(self.q.regs, NVME_CC, 4 << 20 | 6 << 16 | 1)  # entries of 16 and 64 bytes; enable
         self.wait_ready(1)
-        self.up = True
         self.admin(NVME_ADMIN_SET, 7)  # number of queues
         self.admin(NVME_ADMIN_CREATE_CQ, (self.q.entries - 1) << 16 | self.q.id, 1, self.cq.addr_.v)
         self.admin(NVME_ADMIN_CREATE_SQ, (self.q.entries - 1) << 16 | self.q.id, self.q.id << 16 | 1, self.sq.addr_.v)
@@ -551,8 +552,7 @@ cdef class Nvme:
         cdef io_req *r
         cdef uint32_t i
         cdef Mappable part
-        if not self.up:
-            raise StateError("it was closed", argument="self", value=self)
+        self.must_be_up()
         whole = [requests] if isinstance(requests, Mappable) else requests
         parts = [p for request in whole for p in self._parts(request)]
         io.driver, io.requests = self, parts
@@ -570,7 +570,13 @@ cdef class Nvme:
                 r.meta = &(<Mappable>part.integrity).rq
         return self.enqueue(io)
 
+    cdef int must_be_up(self) except -1:
+        if not self.up or self.dead:
+            raise StateError("the controller is dead" if self.up else "it was closed", argument="self", value=self)
+        return 0
+
     cdef Io enqueue(self, Io io):
+        self.must_be_up()
         skip_issued(&self.q)
         self.live = [other for other in self.live if not other.done]
         if io.list_.n:
@@ -612,8 +618,7 @@ cdef class Nvme:
     cdef int drive(self, Io io) except -1:
         cdef int rc = 0, attempts = 0
         while not io.done:
-            if not self.up:
-                raise StateError("it was closed", argument="self", value=self)
+            self.must_be_up()
             with nogil:
                 rc = drive(&self.q, &io.list_)
             if rc:
@@ -633,9 +638,25 @@ cdef class Nvme:
             self.q.tries = 0
         for i in range(self.queue_depth):
             if self.q.slots[i].req != NULL:
-                retire(&self.q, i, 6)  # internal error: may be tried again
+                retire(&self.q, i, INTERNAL)
         self.q.tries = tries
-        self.start()
+        try:
+            self.start()
+        except DmaError:
+            if give_up:
+                self.bury()
+
+    # nothing brings it back: whatever waits has failed (nvme_mark_namespaces_dead)
+    cdef bury(self):
+        self.dead = True
+        while self.q.nagain:
+            self.q.nagain -= 1
+            finish(self.q.again[self.q.nagain], INTERNAL, 0)
+        skip_issued(&self.q)
+        while self.q.first != NULL:
+            finish(&self.q.first.reqs[self.q.first.next], INTERNAL, 0)
+            self.q.first.next += 1
+            skip_issued(&self.q)
 
     def command(self, opcode, lba=0, blocks=1):
         """One I/O command without data: NVMe opcode, first block, blocks. Raises NvmeError."""
@@ -709,8 +730,9 @@ cdef class Nvme:
             return
         if any(not io.done for io in self.live):
             raise StateError("requests are in flight: wait for them", argument="self", value=self)
-        self.admin(NVME_ADMIN_DELETE_SQ, self.q.id)
-        self.admin(NVME_ADMIN_DELETE_CQ, self.q.id)
+        if not self.dead:
+            self.admin(NVME_ADMIN_DELETE_SQ, self.q.id)
+            self.admin(NVME_ADMIN_DELETE_CQ, self.q.id)
         self.stop()
 
     cdef stop(self):
