@@ -15,6 +15,7 @@ from dmapath.engine import DmaEngine
 from dmapath.errors import (
     AddressTypeError,
     AlignmentError,
+    CompletionError,
     DmaError,
     DmaFault,
     DmaValueError,
@@ -55,6 +56,7 @@ __all__ = [
     "Bar",
     "Bio",
     "CoherentBuffer",
+    "CompletionError",
     "Device",
     "DmaAddr",
     "DmaDebug",

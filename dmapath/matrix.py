@@ -21,7 +21,7 @@ from dmapath.drivers.registered import Registered
 from dmapath.memory import PhysMemory
 from dmapath.rdma import REMOTE_ALL
 
-__all__ = ["ALIGNMENTS", "DRIVERS", "REGISTRATIONS", "markdown", "rows"]
+__all__ = ["ALIGNMENTS", "DRIVERS", "REGISTRATIONS", "markdown", "requests", "rows"]
 
 PAGE = 4096
 DISK = 1 << 20
@@ -48,6 +48,7 @@ class Rig:
     def __init__(self, machine: machines.Machine, driver: Any, disk: memoryview, extra: Callable[[], int],
                  stack: ExitStack) -> None:  # fmt: skip
         self.machine, self.driver, self.disk, self._extra, self._stack = machine, driver, disk, extra, stack
+        self.far: Any = None
 
     def close(self) -> int:
         """Take it apart; how many things were left behind."""
@@ -86,7 +87,9 @@ def rblk_rig(backend: str, registration: str) -> Rig:
     other.connect(near.qp_num)
     device = Device(backend=keys, memory=machine.memory, pci=below.pci, swiotlb=below.swiotlb, **hcas[0].limits)
     driver = stack.enter_context(Rblk(device, near, region.addr, region.rkey, DISK))
-    return Rig(machine, driver, memoryview(far_memory), lambda: sum(h.counters()["keys_live"] for h in hcas), stack)
+    rig = Rig(machine, driver, memoryview(far_memory), lambda: sum(h.counters()["keys_live"] for h in hcas), stack)
+    rig.far = hcas[1]
+    return rig
 
 
 def _verbs_rig(registration: str) -> Rig:
@@ -111,7 +114,7 @@ def _verbs_rig(registration: str) -> Rig:
     return Rig(machine, driver, memoryview(disk), left, stack)
 
 
-def _requests(machine: machines.Machine, alignment: str, op: str) -> list[Bio]:
+def requests(machine: machines.Machine, alignment: str, op: str) -> list[Bio]:
     """Requests over buffers of their own, of every kind of memory in turn."""
     host = [at for at, kind in zip(machine.slots, machine.kinds, strict=True) if kind == "host"]
     peer = [at for at, kind in zip(machine.slots, machine.kinds, strict=True) if kind == "peer"]
@@ -150,7 +153,7 @@ def _verify(rig: Rig, bios: list[Bio], op: str) -> bool:
 def row(driver: str, backend: str, registration: str, alignment: str, op: str) -> dict[str, Any]:
     """One cell, on fresh hardware."""
     rig = nvme_rig(backend) if driver == "nvme" else rblk_rig(backend, registration)
-    bios = _requests(rig.machine, alignment, op)
+    bios = requests(rig.machine, alignment, op)
     verified = _verify(rig, bios, op)
     told = rig.driver.told
     if registration == "cache":

@@ -749,8 +749,8 @@ cdef class Nvme:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, value, traceback):
-        if kind is None:
+    def __exit__(self, error, value, traceback):
+        if error is None:
             self.close()
         elif self.up:
             self.stop()

@@ -220,6 +220,6 @@ class Rblk:
     def __enter__(self) -> Rblk:
         return self
 
-    def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        if kind is None:
+    def __exit__(self, error: object, value: object, traceback: object) -> None:
+        if error is None:
             self.close()

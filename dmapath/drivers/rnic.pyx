@@ -113,6 +113,9 @@ cdef class Mr:
         self.addr, self.length = DmaAddr(int(region.iova)), region.length
         self.mapping = pd.context.device.map(region)
         try:
+            if region.best_page_size(self.mapping.segments, RNIC_PAGE) == 0:
+                raise DmaValueError("where in its page the memory begins (ib_umem_find_best_pgsz)", argument="iova",
+                                    value=int(region.iova))
             blocks = dma_blocks(self.mapping.segments, region.offset, region.length, int(region.iova), RNIC_PAGE)
             self.table = pd.context.device.alloc_coherent(8 * len(blocks))
             table = <uint64_t *>self.table.host

@@ -1,0 +1,46 @@
+"""The fuzzers' corpus, and mutations of it, through the devices under ASan and UBSan. ``tests/fuzz/run`` fuzzes in earnest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SRC = Path(os.environ.get("DMAPATH_SRC", HERE.parent))
+MUTATIONS = 40  # of each input
+
+
+@pytest.mark.parametrize("device", ["nvme", "rnic"])
+def test_the_corpus_and_its_mutations_break_nothing(device: str, tmp_path: Path) -> None:
+    program = tmp_path / device
+    subprocess.run(
+        ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined",
+         "-fno-sanitize-recover=undefined", *(f"-I{SRC / folder}" for folder in ("ext/include", "ext/devices")),
+         HERE / "fuzz" / f"{device}_fuzz.c", HERE / "fuzz" / "replay.c", SRC / "ext" / "devices" / f"{device}.c",
+         "-o", program], check=True)  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run([program, HERE / "fuzz" / "corpus" / device, str(MUTATIONS)], text=True, capture_output=True,
+                          check=False, env=env)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 100
+
+
+def test_a_finding_would_be_seen(tmp_path: Path) -> None:
+    """The harness ends with an error where the device is broken: one that writes past its media."""
+    source = (SRC / "ext" / "devices" / "nvme.c").read_text()
+    broken = source.replace("n > c->blocks - lba ?", "n > c->blocks - lba + 8 ?")
+    assert broken != source
+    (tmp_path / "nvme.c").write_text(broken)
+    program = tmp_path / "broken"
+    subprocess.run(
+        ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fsanitize=address", *(f"-I{SRC / folder}" for folder in
+         ("ext/include", "ext/devices")), HERE / "fuzz" / "nvme_fuzz.c", HERE / "fuzz" / "replay.c", tmp_path / "nvme.c",
+         "-o", program], check=True)  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run([program, HERE / "fuzz" / "corpus" / "nvme", "400"], text=True, capture_output=True, check=False,
+                          env=env)  # fmt: skip
+    assert done.returncode != 0
+    assert "AddressSanitizer" in done.stderr
