@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """What mapped segments become in an NVMe command: PRP entries or SGL descriptors, which of the two, and why
 (drivers/nvme/host/pci.c, nvme_pci_use_sgls, nvme_pci_setup_data_prp, nvme_pci_setup_data_sgl; NVM Express Base 4.1)."""
 from dataclasses import dataclass, field

@@ -19,20 +19,21 @@ SRC = Path(os.environ.get("DMAPATH_SRC", HERE.parent))
 
 #: Layers from the bottom up; a module may use its own layer and those below. Nobody below knows a backend's insides.
 LAYERS = [
-    ["_version", "errors", "addr", "abi", "_core", "_clock", "costs", "verbs.ibv"],
-    ["request", "memory", "backends.base", "verbs.bridge", "guest.packages"],
+    ["_version", "errors", "addr", "abi", "_core", "_clock", "_nvme", "_rnic", "costs", "nvme_status", "verbs.ibv"],
+    ["request", "memory", "backends.base", "descriptors", "mmio", "plugins", "rdma", "verbs.bridge", "guest.packages"],
     ["swiotlb", "pci", "xen", "tap"],
     ["backends.direct", "backends.iommu", "backends.grant", "backends.python", "bio", "mr", "wrapper"],
     ["rules", "verbs.resources", "guest.image"],
     ["device", "verbs.queue", "guest.vm"],
-    ["explain", "engine", "_bench", "hmm", "debug", "observe", "adversary", "tracer", "prp",
-     "verbs.probe", "verbs.exchange"],
-    ["trace", "verbs.backend", "verbs._plain"],
-    ["verbs.ping", "verbs.flows", "doctor"],
-    ["compare", "replay", "plot", "reg"],
+    ["explain", "engine", "_bench", "hmm", "debug", "observe", "adversary", "tracer",
+     "devices.nvme", "devices.rnic", "drivers.nvme", "drivers.rblk", "drivers.rnic", "verbs.probe", "verbs.exchange"],
+    ["trace", "drivers.registered", "verbs.backend", "verbs._plain"],
+    ["verbs.ping", "verbs.flows", "machines", "doctor"],
+    ["compare", "matrix", "pytest_plugin", "replay", "plot", "reg"],
     ["cli_common"],
     ["cli_guest"],
     ["cli_verbs"],
+    ["cli_matrix"],
     ["cli"],
 ]
 #: Arrows that point up, taken at call time only: Device.explain builds its answer one layer above, and a region that wants
@@ -78,6 +79,16 @@ def test_the_wrapper_and_the_requests_know_no_backend() -> None:
         assert not re.search(r"backends|_core|iommu_domain", (SRC / "dmapath" / name).read_text()), name
 
 
+def test_devices_and_drivers_meet_at_registers_alone() -> None:
+    """A driver knows no device model, and a device no driver."""
+    for path in (SRC / "dmapath" / "drivers").glob("*.p*"):
+        assert not {m for m in uses(path) if m.startswith("devices.")}, path
+    for path in (SRC / "dmapath" / "devices").glob("*.p*"):
+        assert not {m for m in uses(path) if m.startswith("drivers.")}, path
+    for path in (SRC / "ext" / "devices").iterdir():
+        assert not re.search(r"dma_ops|map_phys|core/|phys_mem|iommu_", path.read_text()), path
+
+
 def test_the_core_needs_no_python() -> None:
     for path in (SRC / "ext").rglob("*.[ch]"):
         assert "Python.h" not in path.read_text(), path
@@ -95,6 +106,12 @@ HOT = {
                       "find_cached", "idle_window", "link_run", "link_pages", "place_pages", "register_window",
                       "verbs_try_alloc", "verbs_link", "verbs_sync", "verbs_unlink", "verbs_free", "verbs_map_phys",
                       "verbs_unmap_phys", "verbs_keys_of"],
+    "descriptors": ["prp_gap", "nvme_form", "prp_more", "desc_pages", "fill_list", "describe", "describe_metadata"],
+    "drivers/nvme": ["pool_take", "pool_give", "map_request", "let_go", "describe_data", "describe_meta", "load", "issue",
+                     "issue_more", "retire", "reap", "drive"],
+    "drivers/rnic": ["run_command"],
+    "drivers/registered": ["register", "deregister", "unlink", "link_range", "take", "map_range", "unmap_range",
+                           "reg_try_alloc", "reg_link", "reg_link_gapped", "reg_sync", "reg_unlink", "reg_keys_of"],
     "hmm": ["hmm_dma_map_alloc", "hmm_dma_map_pfn", "hmm_dma_unmap_pfn"],
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """An NVMe driver: block requests in, commands out (the shape of drivers/nvme/host/pci.c).
 
 One flow: map, read segments, describe them, ring, reap, unmap. What the memory is and what maps it, it does not ask.

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """A back end that registers with the simulated HCA what it maps, as ``dmapath.verbs.Verbs`` does with a real one.
 
 Beneath lies the HCA's own Device with whatever back end that has. A DMA address here is an address under a key; the HCA's
