@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import dmapath
+from bench_nvme import nvme
 from dmapath import Bio, Device, DmaEngine, Iommu, MemoryRegion, PhysMemory, Swiotlb, _bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -197,6 +198,7 @@ def main() -> None:
     python_level(console)
     engine(console)
     bounce(console)
+    nvme(console)
 
 
 if __name__ == "__main__":
