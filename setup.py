@@ -76,7 +76,8 @@ def has_verbs() -> bool:
 if has_verbs():
     MODULES |= VERBS
 extensions = [
-    Extension(name, [name.replace(".", "/") + ".pyx", *sources], include_dirs=["ext/include", "ext/core", "ext/bench", "ext/devices"],
+    Extension(name, [name.replace(".", "/") + ".pyx", *sources],
+              include_dirs=["ext/include", "ext/core", "ext/bench", "ext/devices"],
               extra_compile_args=flags, extra_link_args=link,
               libraries=["ibverbs"] if name in VERBS else [],
               depends=sorted(glob.glob("ext/**/*.[ch]", recursive=True)))

@@ -1,6 +1,7 @@
 from collections.abc import Iterable
 
 from dmapath.device import Device
+from dmapath.limits import QueueLimits
 from dmapath.memory import HostBuffer, PhysMemory
 from dmapath.request import Mappable
 
@@ -26,7 +27,7 @@ class Bio(Mappable):
         op: str = "read",
         sector: int = 0,
     ) -> Bio: ...
-    def split(self, limits: Device, *, max_bytes: int | None = None, block_size: int = 512) -> list[Bio]: ...
+    def split(self, limits: Device | QueueLimits, *, max_bytes: int | None = None, block_size: int = 512) -> list[Bio]: ...
 
 class Request(Mappable):
     op: str

@@ -31,8 +31,8 @@ def _print(every: list[dict[str, Any]]) -> None:
     console.print(table)
     bad = [r for r in every if not r["verified"] or r["leaks"]]
     console.print(
-        f"{len(every)} cells (each alignment read and written, {matrix_mod.REQUESTS} requests in flight, completed in any order "
-        "by the NVMe controller): layout (case). "
+        f"{len(every)} cells (each alignment read and written, {matrix_mod.REQUESTS} requests in flight, completed in any "
+        "order by the NVMe controller): layout (case). "
         + ("Every byte was compared, around the requests too; nothing was left behind." if not bad else f"WRONG: {bad[0]}"),
         highlight=False,
     )
@@ -45,9 +45,11 @@ def _print(every: list[dict[str, Any]]) -> None:
 @click.option("--json", "json_path", metavar="FILE|-", help="Write the rows as one JSON object; - is standard output.")
 @click.option("--markdown", is_flag=True, help="Print the table as docs/matrix.md has it.")
 @KERNEL_OPTION
-def matrix(backends: tuple[str, ...], with_verbs: bool, host: bool, json_path: str | None, markdown: bool, kernel: str) -> None:
-    """The drivers nvme and rblk on every machine, with memory aligned, unaligned and mixed: every byte compared, nothing left
-    behind, and how each was mapped. Exit code 1 where something was wrong.
+def matrix(
+    backends: tuple[str, ...], with_verbs: bool, host: bool, json_path: str | None, markdown: bool, kernel: str
+) -> None:
+    """The drivers nvme and rblk on every machine, with memory aligned, unaligned and mixed: every byte compared, nothing
+    left behind, and how each was mapped. Exit code 1 where something was wrong.
     """
     known = [*machines.names_of_all(), "verbs"]
     for name in backends:

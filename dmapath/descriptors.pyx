@@ -216,8 +216,8 @@ class Sgl:
 
 @dataclass
 class DataPointer:
-    """What a request becomes in an NVMe command: ``form`` "prp" or "sgl", the rule that picked it with its source and meaning,
-    the descriptors (Prp or Sgl), and the pages of list memory and descriptors in them."""
+    """What a request becomes in an NVMe command: ``form`` "prp" or "sgl", the rule that picked it with its source and
+    meaning, the descriptors (Prp or Sgl), and the pages of list memory and descriptors in them."""
 
     form: str
     rule: str

@@ -18,7 +18,8 @@ from dmapath._core cimport phys_mem_host, swiotlb_map, swiotlb_unmap, swiotlb_wa
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_PER_RANGE,
-    DMA_P2P_NOT_SUPPORTED, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t, dma_data_direction, dma_device, dma_iova_destroy, dma_iova_free,
+    DMA_P2P_NOT_SUPPORTED, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
+    dma_data_direction, dma_device, dma_iova_destroy, dma_iova_free,
     dma_iova_link, dma_iova_size, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_keys, dma_keys_of,
     dma_ops, dma_p2p, dma_p2p_range, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
 )

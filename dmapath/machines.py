@@ -1,7 +1,7 @@
 """Whole machines by name: a memory, a device on one back end, and buffers of every kind that the machine has.
 
-The matrix runs drivers on them, and so do tests of drivers (the pytest plug-in). Names of other packages' back ends are found
-by entry points (``dmapath.plugins``).
+The matrix runs drivers on them, and so do tests of drivers (the pytest plug-in). Names of other packages' back ends are
+found by entry points (``dmapath.plugins``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dmapath.plugins import find, names
 from dmapath.swiotlb import Swiotlb
 from dmapath.xen import XenDomain
 
-__all__ = ["MACHINES", "Machine", "make", "names_of_all"]
+__all__ = ["MACHINES", "Machine", "make", "names_of_all", "plain", "real"]
 
 PAGE = 4096
 SLOT = 4 * PAGE
@@ -32,8 +32,8 @@ HOST_SLOTS, PEER_SLOTS = 64, 4
 
 @dataclass
 class Machine:
-    """A device with its memory, and ``slots``: physical addresses of buffers of 16 KiB each, of all kinds of memory there are
-    (``kinds``: "host", "peer").
+    """A device with its memory, and ``slots``: physical addresses of buffers of 16 KiB each, of all kinds of memory there
+    are (``kinds``: "host", "peer").
     """
 
     name: str
@@ -73,7 +73,8 @@ def _memory() -> PhysMemory:
     return PhysMemory(HOST_SLOTS * SLOT, base=1 << 32)
 
 
-def _plain(name: str, limits: dict[str, Any], **kw: Any) -> Machine:
+def plain(name: str, limits: dict[str, Any], **kw: Any) -> Machine:
+    """A machine with memory and a Device of these limits; further keyword arguments are the Device's."""
     memory = _memory()
     return Machine(name, memory, Device(memory=memory, **{**limits, **kw}))
 
@@ -115,13 +116,13 @@ def real(limits: dict[str, Any], **options: Any) -> Machine:
 
 #: Machine name -> how to make it, given the limits of the hardware (keyword arguments of Device).
 MACHINES: dict[str, Callable[[str, dict[str, Any]], Machine]] = {
-    "direct": _plain,
+    "direct": plain,
     "swiotlb": _swiotlb,
-    "iommu-strict": lambda name, limits: _plain(name, limits, iommu=Iommu("strict")),
-    "iommu-lazy": lambda name, limits: _plain(name, limits, iommu=Iommu("lazy")),
+    "iommu-strict": lambda name, limits: plain(name, limits, iommu=Iommu("strict")),
+    "iommu-lazy": lambda name, limits: plain(name, limits, iommu=Iommu("lazy")),
     "xen": _xen,
     "p2p": _peers,
-    "adversarial": lambda name, limits: _plain(name, limits, backend=Adversary(11)),
+    "adversarial": lambda name, limits: plain(name, limits, backend=Adversary(11)),
 }
 
 
@@ -131,11 +132,13 @@ def names_of_all() -> list[str]:
 
 
 def make(name: str, limits: dict[str, Any] | None = None) -> Machine:
-    """A fresh machine; "verbs" is a real one, on this computer's first RDMA device. DmaValueError where no machine, and no package's back end, is of that name."""
+    """A fresh machine; "verbs" is a real one, on this computer's first RDMA device. DmaValueError where no machine, and no
+    package's back end, is of that name.
+    """
     if name == "verbs":
         return real(limits or {})
     if name in MACHINES:
         return MACHINES[name](name, limits or {})
     if name not in names("backends"):
         raise DmaValueError(f"one of {', '.join(names_of_all())}, verbs", argument="name", value=name)
-    return _plain(name, limits or {}, backend=find("backends", name)())
+    return plain(name, limits or {}, backend=find("backends", name)())

@@ -48,7 +48,9 @@ class Rig:
     def __init__(self, machine: machines.Machine, driver: Any, disk: memoryview, extra: Callable[[], int],
                  stack: ExitStack) -> None:  # fmt: skip
         self.machine, self.driver, self.disk, self._extra, self._stack = machine, driver, disk, extra, stack
+        #: Of rblk: the far HCA, where it is simulated, and the far queue pair.
         self.far: Any = None
+        self.peer: Any = None
 
     def close(self) -> int:
         """Take it apart; how many things were left behind."""
@@ -88,7 +90,7 @@ def rblk_rig(backend: str, registration: str) -> Rig:
     device = Device(backend=keys, memory=machine.memory, pci=below.pci, swiotlb=below.swiotlb, **hcas[0].limits)
     driver = stack.enter_context(Rblk(device, near, region.addr, region.rkey, DISK))
     rig = Rig(machine, driver, memoryview(far_memory), lambda: sum(h.counters()["keys_live"] for h in hcas), stack)
-    rig.far = hcas[1]
+    rig.far, rig.peer = hcas[1], other
     return rig
 
 
@@ -111,7 +113,9 @@ def _verbs_rig(registration: str) -> Rig:
         counters = back.counters()
         return int(counters["registered_live"]) + (other.outstanding != 0)
 
-    return Rig(machine, driver, memoryview(disk), left, stack)
+    rig = Rig(machine, driver, memoryview(disk), left, stack)
+    rig.peer = other
+    return rig
 
 
 def requests(machine: machines.Machine, alignment: str, op: str) -> list[Bio]:
@@ -160,7 +164,8 @@ def row(driver: str, backend: str, registration: str, alignment: str, op: str) -
         verified = _verify(rig, bios, op) and verified  # from the cache this time
     kinds = "host + peers" if "peer" in rig.machine.kinds else "host"
     return {
-        "driver": driver, "backend": backend, "registration": registration, "memory": kinds, "alignment": alignment, "op": op,
+        "driver": driver, "backend": backend, "registration": registration, "memory": kinds,
+        "alignment": alignment, "op": op,
         "case": told["case"], "layout": told["layout"], "segments": told["segments"], "verified": verified,
         "leaks": rig.close(),
     }  # fmt: skip

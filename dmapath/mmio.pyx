@@ -58,7 +58,7 @@ def registers(owner):
 
 
 cdef class Mmio:
-    """A device's registers for a driver that is written in Python: ``hardware`` has the capsule in its attribute ``mmio``."""
+    """A device's registers for a driver in Python: ``hardware`` has the capsule in its attribute ``mmio``."""
 
     cdef const dma_mmio *regs
     cdef object hardware

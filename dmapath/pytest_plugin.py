@@ -15,7 +15,7 @@ with every fault of the device, and what became of the mapping there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -43,13 +43,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dmapath", "DMA drivers on every back end")
     group.addoption("--dma-backend", default=DEFAULT, metavar="NAME[,NAME]",
                     help="back ends on which tests of dma_device run: all (every simulated one, and verbs where there is an "
-                    "RDMA device), or names: direct, swiotlb, iommu-strict, iommu-lazy, xen, p2p, adversarial, verbs")  # fmt: skip
+                    "RDMA device), or names: direct, swiotlb, iommu-strict, iommu-lazy, xen, p2p, adversarial, "
+                    "verbs")  # fmt: skip
     group.addoption("--no-dma-debug", action="store_true", help="do not check how dma_device is used")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
-    config.addinivalue_line("markers", "dma_limits(**limits): limits of dma_device's hardware, as keyword arguments of Device")
+    config.addinivalue_line(
+        "markers", "dma_limits(**limits): limits of dma_device's hardware, as keyword arguments of Device"
+    )
 
 
 def chosen(text: str) -> list[str]:
@@ -109,7 +112,7 @@ def phys_memory(dma_machine: machines.Machine) -> PhysMemory:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Add the device's faults to the report of a test that failed."""
     report: Any = yield
     history = item.stash.get(_HISTORY, None)

@@ -697,8 +697,9 @@ cdef int unmap(dma_device *dev, dma_map_state *st) noexcept nogil:
             attrs = st.attrs | DMA_ATTR_MMIO if st.saved[i].len & SAVED_MMIO else st.attrs
             one = dev.ops.unmap_phys(dev, st.saved[i].addr, st.saved[i].len & ~SAVED_MMIO, dir, attrs)
             rc = rc if rc else one
-    free(st.saved)
-    st.saved = NULL
+    if st.saved != NULL:
+        free(st.saved)
+        st.saved = NULL
     st.nr_saved = 0
     st.iova.size = 0
     st.layout = DMA_LAYOUT_NONE

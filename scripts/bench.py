@@ -15,12 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+from bench_nvme import nvme
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import dmapath
-from bench_nvme import nvme
 from dmapath import Bio, Device, DmaEngine, Iommu, MemoryRegion, PhysMemory, Swiotlb, _bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

@@ -97,7 +97,9 @@ class Raw:
         assert self.regs.read(0x1C) == 1
         assert self.create(5, self.io.cq.addr) == self.create(1, self.io.sq.addr, cq=1) == 0
 
-    def create(self, opcode: int, addr: int, *, number: int = 1, size: int | None = None, cq: int = 0, flags: int = 1) -> int:
+    def create(
+        self, opcode: int, addr: int, *, number: int = 1, size: int | None = None, cq: int = 0, flags: int = 1
+    ) -> int:
         entries = self.io.size if size is None else size
         words = (((entries - 1) & 0xFFFF) << 16 | number, cq << 16 | flags)
         return self.admin.run(cmd(opcode, int(addr), nsid=0, cdw=words))[0]

@@ -263,3 +263,27 @@ def test_replay_writes_a_trace_that_it_reads_back(tmp_path: Path) -> None:
     run("replay", str(TRACES / "untrusted.ftrace.txt"), "--trace-out", str(ours))
     assert "9 of 9 covered I/Os (100 %)" in run("replay", str(ours)).stdout
     assert "one trace at a time" in run("replay", str(ours), str(ours), "--trace-out", "x", code=2).stderr
+
+
+def test_explain_shows_the_descriptors_of_an_nvme_command() -> None:
+    text = run("explain", *EXAMPLE, "--nvme").stdout
+    assert "NVMe command: PRP, descriptors 2 in 1 page of list (256 bytes each)" in text
+    assert "prp1 0xffffc200" in text
+    assert "list 0[1] 0xffffe000" in text
+    assert "below-threshold" in text
+    d = json.loads(run("explain", "0x100200+0x600", "0x205000+0x1000", "--nvme", "--json").stdout)["nvme"]
+    assert (d["form"], d["rule"], d["list_pages"], len(d["blocks"])) == ("sgl", "gap-forces-sgl", 1, 2)
+    d = json.loads(run("explain", "0x100000+0x200000", "--backend", "direct", "--nvme", "prp", "--json").stdout)["nvme"]
+    assert (d["prp1"], d["prp2"], d["list_pages"], d["list_entries"], d["pool"]) == ("0x100000", None, 1, 511, "large")
+    text = run("explain", "0x100000+0x2000000", "--backend", "direct", "--nvme", "prp").stdout
+    assert "refused" in text
+    assert "at most 5 pages of list: 8 MiB" in text
+    text = run("explain", "0x100200+0x600", "0x205000+0x1000", "--nvme", "--no-sgl").stdout
+    assert "no PRP entry can say" in " ".join(text.split())
+    d = json.loads(run("explain", "0x100200+0x600", "0x205000+0x1000", "--nvme", "sgl", "--no-sgl", "--json").stdout)["nvme"]
+    assert d["errno"] == 95
+    assert "in the command alone" in run("explain", "0x100000+0x1000", "--nvme", "--backend", "direct").stdout
+    # one descriptor: whatever the threshold
+    for size, rule in (("0x2000", "two-entries"), ("0x2001", "one-piece")):
+        d = json.loads(run("explain", f"0x100000+{size}", "--nvme", "--sgl-threshold", "0", "--json").stdout)["nvme"]
+        assert d["rule"] == rule

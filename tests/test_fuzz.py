@@ -1,4 +1,4 @@
-"""The fuzzers' corpus, and mutations of it, through the devices under ASan and UBSan. ``tests/fuzz/run`` fuzzes in earnest."""
+"""The fuzzers' corpus, and mutations of it, through the devices under ASan and UBSan; ``tests/fuzz/run`` does more."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ from dmapath import (
     replay,
     trace,
 )
-from dmapath.mr import LOCAL_WRITE, REMOTE_READ, REMOTE_WRITE, FastMr
 from dmapath.descriptors import build_prp
+from dmapath.mr import LOCAL_WRITE, REMOTE_READ, REMOTE_WRITE, FastMr
 from dmapath.request import iterate
 
 ErrnoOf = Callable[..., int]

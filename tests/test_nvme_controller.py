@@ -1,5 +1,5 @@
-"""The NVMe controller by hand: what is right moves the right bytes, what is wrong gives the specification's status and names the
-field, and nothing of it moves a byte or stops the controller.
+"""The NVMe controller by hand: what is right moves the right bytes, what is wrong gives the specification's status and names
+the field, and nothing of it moves a byte or stops the controller.
 """
 
 from __future__ import annotations
@@ -296,8 +296,8 @@ def test_metadata(form: str) -> None:
 @given(flips=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4095), st.integers(0, 255)), min_size=1, max_size=6),
        opcode=st.sampled_from([READ, WRITE]), form=st.sampled_from(["prp", "sgl"]))  # fmt: skip
 def test_corrupted_descriptors_hurt_nobody_else(flips: list[tuple[int, int, int]], opcode: int, form: str) -> None:
-    """Bytes of the command and of its lists are overwritten at random: it completes with some status, the arena (which is not
-    mapped) and the other blocks stay as they are, and the next command works.
+    """Bytes of the command and of its lists are overwritten at random: it completes with some status, the arena (which is
+    not mapped) and the other blocks stay as they are, and the next command works.
     """
     memory = PhysMemory(1 << 16)
     memory.write(memory.phys(0), bytes(range(256)) * 256)
@@ -344,10 +344,10 @@ def test_media_in_a_file_or_a_buffer(tmp_path: Path) -> None:
 
 
 def test_arguments_are_checked() -> None:
-    for options in (dict(block_size=1024), dict(metadata_size=3), dict(mdts=12), dict(order="lifo"), dict(media=b"x" * 512),
-                    dict(media=100)):  # fmt: skip
+    for options in ({"block_size": 1024}, {"metadata_size": 3}, {"mdts": 12}, {"order": "lifo"}, {"media": b"x" * 512},
+                    {"media": 100}):  # fmt: skip
         with pytest.raises(DmaValueError):
-            NvmeController(**options)  # type: ignore[arg-type]
+            NvmeController(**options)
     with pytest.raises(NotSupportedError, match="memory"):
         NvmeController(DISK).attach(Device())
     controller, device = NvmeController(DISK), Device(memory=PhysMemory(4096))

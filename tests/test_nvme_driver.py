@@ -1,4 +1,4 @@
-"""The NVMe driver: forms as Linux picks them, depth and order, retries and resets, metadata, pools, and complete unwinding."""
+"""The NVMe driver: forms as Linux picks them, depth and order, retries and resets, metadata, pools, unwinding."""
 
 from __future__ import annotations
 
@@ -74,15 +74,15 @@ def rig(iommu: str | None = "strict", *, hardware: Any = (), device: Any = (), *
 
 
 def test_what_it_learns_of_the_controller() -> None:
-    with rig(hardware=dict(block_size=4096, mdts=3, metadata_size=8)) as r:
+    with rig(hardware={"block_size": 4096, "mdts": 3, "metadata_size": 8}) as r:
         d = r.driver
         assert (d.blocks, d.block_size, d.metadata_size, d.max_bytes) == (DISK // 4096, 4096, 8, 32768)
         assert d.identity["model"] == "dmapath NVMe controller"
         assert r.controller.limits["virt_boundary"] == 0
-    with rig(hardware=dict(mdts=0)) as r:
+    with rig(hardware={"mdts": 0}) as r:
         assert r.driver.max_bytes == 128 << 10  # behind an IOMMU, dma_opt_mapping_size
         assert r.driver.limits.max_segments == 33
-    with rig(None, hardware=dict(mdts=0)) as r:
+    with rig(None, hardware={"mdts": 0}) as r:
         assert (r.driver.max_bytes, r.driver.limits.max_segments) == (8 << 20, 256)
 
 
@@ -104,7 +104,7 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_it_picks_prp_or_sgl_as_linux_does(name: str, policy: str, iommu: str | None) -> None:
     ranges, sgl, threshold, rule, form = FORMS[name]
-    with rig(iommu, hardware=dict(sgl=sgl), sgl_threshold=threshold, policy=policy) as r:
+    with rig(iommu, hardware={"sgl": sgl}, sgl_threshold=threshold, policy=policy) as r:
         for op in ("write", "read"):
             bio = Bio(r.vecs(*ranges), op=op, sector=8)
             for p, n in bio.vecs:
@@ -129,12 +129,12 @@ def test_the_form_may_be_told(form: Any) -> None:
             with pytest.raises(DmaError) as e:
                 r.driver.run(gapped)
             assert e.value.errno == errno.EIO
-    with pytest.raises(DmaValueError, match="takes no SGL"), rig(hardware=dict(sgl=False), form="sgl"):
+    with pytest.raises(DmaValueError, match="takes no SGL"), rig(hardware={"sgl": False}, form="sgl"):
         pass
 
 
 def test_a_prp_controller_gets_bios_split_at_their_gaps() -> None:
-    with rig(hardware=dict(sgl=False)) as r:
+    with rig(hardware={"sgl": False}) as r:
         bio = Bio(r.vecs((0x200, 0x600), (0x3000, PAGE), (0x8000, 0xA00), (0xB000, 0x200)), op="write")
         r.memory.write(r.memory.phys(0), os.urandom(0x10000))
         io = r.driver.run(bio)
@@ -145,7 +145,7 @@ def test_a_prp_controller_gets_bios_split_at_their_gaps() -> None:
 @pytest.mark.parametrize("depth", [1, 3, 32])
 @pytest.mark.parametrize("order", ["fifo", "random"])
 def test_many_requests_of_any_size_in_any_order(depth: int, order: str) -> None:
-    with rig(hardware=dict(order=order, seed=depth), queue_depth=depth) as r:
+    with rig(hardware={"order": order, "seed": depth}, queue_depth=depth) as r:
         rng = random.Random(depth)
         places = list(range(0, 4 << 20, 64 << 10))
         rng.shuffle(places)
@@ -168,7 +168,7 @@ def test_many_requests_of_any_size_in_any_order(depth: int, order: str) -> None:
 
 
 def test_long_bios_are_split_and_requests_are_not() -> None:
-    with rig(None, hardware=dict(mdts=3)) as r:
+    with rig(None, hardware={"mdts": 3}) as r:
         r.memory.write(r.memory.phys(0), os.urandom(1 << 20))
         bio = Bio(r.vecs((0x200, 100 << 10)), op="write", sector=3)
         assert r.driver.run(bio).commands == 4
@@ -253,9 +253,10 @@ def test_flush_zeroes_and_deallocate() -> None:
             assert media[lba * 512 : (lba + n) * 512] == bytes(n * 512)
         with pytest.raises(NvmeError, match="LBA out of range"):
             r.driver.deallocate([(DISK, 1)])
-        for call in (lambda: r.driver.write_zeroes(0, 0), lambda: r.driver.deallocate([])):
-            with pytest.raises(DmaValueError):
-                call()
+        with pytest.raises(DmaValueError, match="1 to 65536"):
+            r.driver.write_zeroes(0, 0)
+        with pytest.raises(DmaValueError, match="1 to 256"):
+            r.driver.deallocate([])
         with pytest.raises(NvmeError, match="invalid command opcode"):
             r.driver.command(0x55)
 
@@ -263,7 +264,7 @@ def test_flush_zeroes_and_deallocate() -> None:
 @pytest.mark.parametrize("pieces", [1, 3, 15])
 @pytest.mark.parametrize("iommu", [None, "strict"])
 def test_metadata_travels_beside_the_data(pieces: int, iommu: str | None) -> None:
-    with rig(iommu, hardware=dict(metadata_size=8)) as r:
+    with rig(iommu, hardware={"metadata_size": 8}) as r:
         r.memory.write(r.memory.phys(0), os.urandom(1 << 20))
         n = 30 * 512
         metas = r.vecs(*(((1 << 19) + i * 8192, 240 // pieces) for i in range(pieces)))
@@ -276,7 +277,10 @@ def test_metadata_travels_beside_the_data(pieces: int, iommu: str | None) -> Non
         long = Bio(r.vecs((0, 300 << 10)), op="write", integrity=r.vecs((1 << 19, 4800)))
         if pieces == 1:
             assert r.driver.run(long).commands > (0 if iommu is None else 1)
-            assert (r.cpu(long), bytes(r.controller.metadata[:4800])) == (r.disk(long), r.memory.read(r.memory.phys(1 << 19), 4800))
+            assert (r.cpu(long), bytes(r.controller.metadata[:4800])) == (
+                r.disk(long),
+                r.memory.read(r.memory.phys(1 << 19), 4800),
+            )
         with pytest.raises(DmaValueError, match="integrity of 8 bytes"):
             r.driver.run(Bio(r.vecs((0, 512)), op="write"))
         if pieces == 15:
@@ -300,8 +304,10 @@ def test_memory_that_runs_short_makes_requests_wait() -> None:
 
 
 def test_descriptor_pages_that_run_short_make_requests_wait() -> None:
-    with rig(None, hardware=dict(mdts=11), queue_depth=8, form="prp") as r:
-        bios = [Bio(r.vecs((0x200, (4 << 20) - 0x1000)), op="write") for _ in range(10)]  # two pages of list each, and there are 13
+    with rig(None, hardware={"mdts": 11}, queue_depth=8, form="prp") as r:
+        bios = [
+            Bio(r.vecs((0x200, (4 << 20) - 0x1000)), op="write") for _ in range(10)
+        ]  # two pages of list each, and there are 13
         r.memory.write(r.memory.phys(0), os.urandom(4 << 20))
         r.driver.run(bios)
         assert r.disk(bios[0]) == r.cpu(bios[0])
@@ -312,7 +318,7 @@ def test_descriptor_pages_that_run_short_make_requests_wait() -> None:
 @pytest.mark.parametrize("ranges", [[(0x200, 0x600), (0x3000, PAGE), (0x8000, 0x200), (0xA000, 0x800)], [(0, PAGE)]])
 def test_every_failure_of_the_dma_api_unwinds(iommu: str | None, ranges: list[tuple[int, int]]) -> None:
     for nth in range(1, 60):
-        with rig(iommu, hardware=dict(metadata_size=8)) as r:
+        with rig(iommu, hardware={"metadata_size": 8}) as r:
             total = sum(n for _, n in ranges)
             bio = Bio(r.vecs(*ranges), op="write", integrity=r.vecs((1 << 19, total // 64)))
             faults = r.device.attach(FaultInjector(None, nth))
@@ -353,9 +359,9 @@ def test_mistakes_of_the_user_are_named() -> None:
         controller, device = r.controller, r.device
     with pytest.raises(StateError, match="closed"):
         r.driver.submit(bio)
-    for options in (dict(queue_depth=0), dict(queue_depth=1001), dict(form="both"), dict(policy="x"), dict(retries=-1)):
+    for options in ({"queue_depth": 0}, {"queue_depth": 1001}, {"form": "both"}, {"policy": "x"}, {"retries": -1}):
         with pytest.raises(DmaValueError):
-            Nvme(controller, device, **options)  # type: ignore[arg-type]
+            Nvme(controller, device, **options)
     with pytest.raises(AddressTypeError, match="mmio"):
         Nvme(object(), device)
     with pytest.raises(StateError, match="does not answer"):
@@ -375,7 +381,9 @@ def test_an_exception_in_the_users_block_leaves_nothing_mapped() -> None:
     assert live(device) == before
 
 
-parts = st.tuples(st.sampled_from([0, 0, 4, 0x200, 0xA04, 0xFFC]), st.sampled_from([4, 0x200, 0x600, 0x1000, 0x1FFC, 0x2A00]))
+parts = st.tuples(
+    st.sampled_from([0, 0, 4, 0x200, 0xA04, 0xFFC]), st.sampled_from([4, 0x200, 0x600, 0x1000, 0x1FFC, 0x2A00])
+)
 requests = st.lists(
     st.tuples(st.sampled_from(["read", "write"]), st.integers(0, 400), st.lists(parts, min_size=1, max_size=5)),
     min_size=1, max_size=6,
@@ -390,7 +398,7 @@ def test_random_requests_against_a_plain_disk(
     batch: list[tuple[str, int, list[tuple[int, int]]]], name: str, sgl: bool, seed: int, form: Any, policy: Any, depth: int
 ) -> None:
     """Any requests on any machine, completed in any order: the disk and all memory are what a plain copy makes of them."""
-    if form == "sgl" and not sgl or name in ("p2p", "adversarial") and policy == "linux":
+    if (form == "sgl" and not sgl) or (name in ("p2p", "adversarial") and policy == "linux"):
         form, policy = "auto", "unified"
     controller = NvmeController(1 << 20, sgl=sgl, order="random", seed=seed)
     m = machines.make(name, controller.limits)

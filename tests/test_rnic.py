@@ -97,7 +97,10 @@ def test_atomics(sides: tuple[Side, Side], pair: tuple[Qp, Qp]) -> None:
         assert (part(near, 8, 8), part(far, 64, 8)) == (b"\xff" * 8, (2).to_bytes(8, "little"))
         a.wait(a.cmp_swp(mine.segment(16, 8), 64, its.rkey, 5, 9))
         a.wait(a.cmp_swp(mine.segment(24, 8), 64, its.rkey, 2, 9))
-        assert (part(near, 16, 8), part(near, 24, 8), part(far, 64, 8)) == (*[(2).to_bytes(8, "little")] * 2, (9).to_bytes(8, "little"))
+        assert (part(near, 16, 8), part(near, 24, 8), part(far, 64, 8)) == (
+            *[(2).to_bytes(8, "little")] * 2,
+            (9).to_bytes(8, "little"),
+        )
 
 
 def failing(a: Qp, b: Qp, call: Callable[[], Any]) -> CompletionError:
@@ -112,9 +115,13 @@ def test_every_mistake_has_its_status(sides: tuple[Side, Side], pair: tuple[Qp, 
     near, far = sides
     a, b = pair
     other = Pd(near.context)
-    with Mr(near.pd, near.memory, 0, 8192) as mine, Mr(far.pd, far.memory, 0, 8192, access=ALL) as its, Mr(
-        near.pd, near.memory, 0, 4096, access=0
-    ) as const, Mr(other, near.memory, 0, 4096) as foreign, Mr(far.pd, far.memory, 8192, 4096, access=RR) as readable:
+    with (
+        Mr(near.pd, near.memory, 0, 8192) as mine,
+        Mr(far.pd, far.memory, 0, 8192, access=ALL) as its,
+        Mr(near.pd, near.memory, 0, 4096, access=0) as const,
+        Mr(other, near.memory, 0, 4096) as foreign,
+        Mr(far.pd, far.memory, 8192, 4096, access=RR) as readable,
+    ):
         before = part(far, 0, SIZE), part(near, 0, SIZE)
         seg = mine.segment
         cases: dict[str, tuple[str, Callable[[], int]]] = {
@@ -164,9 +171,12 @@ def failing_status(call: Callable[[], Any]) -> int:
 
 def test_rights_of_the_queue_pair_and_silence(sides: tuple[Side, Side]) -> None:
     near, far = sides
-    with Qp(near.pd) as a, Qp(far.pd) as b, Mr(near.pd, near.memory, 0, 4096) as mine, Mr(
-        far.pd, far.memory, 0, 4096, access=ALL
-    ) as its:
+    with (
+        Qp(near.pd) as a,
+        Qp(far.pd) as b,
+        Mr(near.pd, near.memory, 0, 4096) as mine,
+        Mr(far.pd, far.memory, 0, 4096, access=ALL) as its,
+    ):
         with pytest.raises(StateError, match="not connected"):
             a.write(mine, 0, its.rkey)
         a.connect(b.qp_num, rnr_retry=2)
@@ -222,7 +232,10 @@ def test_fast_registration(sides: tuple[Side, Side], pair: tuple[Qp, Qp]) -> Non
             assert (taken, fast.length, fast.key & 255) == (len(m), len(want), (before + 1) & 255)
             a.write([fast.segment()], 0, its.rkey)
             assert part(far, 0, len(want)) == want
-            assert failing(a, b, lambda: a.post("write", [(int(fast.addr), 8, before)], 0, its.rkey)).status == STATUS["loc_prot"]
+            assert (
+                failing(a, b, lambda: a.post("write", [(int(fast.addr), 8, before)], 0, its.rkey)).status
+                == STATUS["loc_prot"]
+            )
             again, _ = a.reg_mr(fast, m.segments)  # it is in use
             assert failing_status(lambda: a.wait(again)) == STATUS["loc_qp_op"]
             for qp in (b, a):
@@ -233,19 +246,27 @@ def test_fast_registration(sides: tuple[Side, Side], pair: tuple[Qp, Qp]) -> Non
                 a.wait(number)
                 a.wait(a.local_inv(small.key))
                 assert failing(a, b, lambda: a.post("write", [small.segment()], 0, its.rkey)).status == STATUS["loc_prot"]
+    lent_pages = Bio.from_memory(far.memory, [(0, 4096)], op="read")
     with FastMr(far.pd, 4) as lent, Mr(near.pd, near.memory, 0, 4096) as mine, Mr(far.pd, far.memory, 0, 4096) as room:
-        with far.device.map(Bio.from_memory(far.memory, [(0, 4096)], op="read")) as m:
+        m = far.device.map(lent_pages)
+        try:
             b.wait(b.reg_mr(lent, m.segments, access=LW | RW)[0])
             a.write(mine, lent.addr, lent.rkey)
             b.recv(room)
             a.wait(a.post("send_inv", mine, imm=lent.rkey))  # the receiver's key goes with the message
             assert b.arrived().imm == lent.rkey
             assert failing_status(lambda: a.write(mine, lent.addr, lent.rkey)) == STATUS["rem_access"]
+        finally:
+            m.unmap()
 
 
 def test_completion_queues_overflow_and_are_destroyed_by_the_rules(sides: tuple[Side, Side]) -> None:
     near, far = sides
-    with Cq(near.context, 2) as cq, Mr(near.pd, near.memory, 0, 4096) as mine, Mr(far.pd, far.memory, 0, 4096, access=ALL) as its:
+    with (
+        Cq(near.context, 2) as cq,
+        Mr(near.pd, near.memory, 0, 4096) as mine,
+        Mr(far.pd, far.memory, 0, 4096, access=ALL) as its,
+    ):
         a, b = Qp(near.pd, cq), Qp(far.pd)
         a.connect(b.qp_num)
         b.connect(a.qp_num)
@@ -280,7 +301,7 @@ def test_queues_have_ends(sides: tuple[Side, Side], pair: tuple[Qp, Qp]) -> None
             a.post("send", many)
         with pytest.raises(DmaValueError, match="12 segments"):
             b.recv([(i * 2, 1, its.lkey) for i in range(13)])
-        for wrong in (dict(opcode="fly", segments=mine), dict(opcode="write", segments=[b"x" * 193], inline=True)):
+        for wrong in ({"opcode": "fly", "segments": mine}, {"opcode": "write", "segments": [b"x" * 193], "inline": True}):
             with pytest.raises(DmaValueError):
                 a.post(**wrong)
         with pytest.raises(AddressTypeError):
@@ -324,7 +345,8 @@ def test_loopback_on_one_hca(sides: tuple[Side, Side]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(ranges=st.lists(st.tuples(st.sampled_from([0, 0, 0x10, 0x200, 0xFFF]), st.sampled_from([1, 0x200, 0x1000, 0x1800])),
                        min_size=1, max_size=8),
-       mode=st.sampled_from(["linear", "per-range"]), cache=st.sampled_from([0, 1 << 14]), iommu=st.sampled_from([None, "strict"]),
+       mode=st.sampled_from(["linear", "per-range"]), cache=st.sampled_from([0, 1 << 14]),
+       iommu=st.sampled_from([None, "strict"]),
        rounds=st.integers(1, 4))  # fmt: skip
 def test_registered_requests_carry_every_byte(
     ranges: list[tuple[int, int]], mode: Any, cache: int, iommu: str | None, rounds: int
@@ -354,7 +376,9 @@ def test_registered_requests_carry_every_byte(
                         near.read(m, int(its.addr) + 77, its.rkey)
                     assert b"".join(memory.read(p, n) for p, n in back.vecs) == other
                     del turn
-            assert keys.counters()["registrations"] - keys.counters()["registered_live"] == keys.counters()["deregistrations"]
+            assert (
+                keys.counters()["registrations"] - keys.counters()["registered_live"] == keys.counters()["deregistrations"]
+            )
             if mode == "linear":
                 assert keys.counters()["iova_live"] == 0
     assert live(below) == before
@@ -362,9 +386,9 @@ def test_registered_requests_carry_every_byte(
 
 def test_registered_is_checked_and_bounded(sides: tuple[Side, Side]) -> None:
     near, _ = sides
-    for wrong in (dict(mode="direct"), dict(mode="linear", cache=5), dict(slots=0), dict(max_pages=5000)):
+    for wrong in ({"mode": "direct"}, {"mode": "linear", "cache": 5}, {"slots": 0}, {"max_pages": 5000}):
         with pytest.raises(DmaValueError):
-            Registered(near.pd, **wrong)  # type: ignore[arg-type]
+            Registered(near.pd, **wrong)
     with Registered(near.pd, slots=2, mode="per-range", cache=8192) as keys:
         dev = Device(backend=keys, memory=near.memory)
         a, b = (dev.map_phys(near.memory.phys(i * 4096), 4096, "from_device") for i in range(2))

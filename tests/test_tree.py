@@ -20,7 +20,8 @@ SRC = Path(os.environ.get("DMAPATH_SRC", HERE.parent))
 #: Layers from the bottom up; a module may use its own layer and those below. Nobody below knows a backend's insides.
 LAYERS = [
     ["_version", "errors", "addr", "abi", "_core", "_clock", "_nvme", "_rnic", "costs", "nvme_status", "verbs.ibv"],
-    ["request", "memory", "backends.base", "descriptors", "mmio", "plugins", "rdma", "verbs.bridge", "guest.packages"],
+    ["request", "memory", "backends.base", "descriptors", "limits", "mmio", "plugins", "rdma", "verbs.bridge",
+     "guest.packages"],
     ["swiotlb", "pci", "xen", "tap"],
     ["backends.direct", "backends.iommu", "backends.grant", "backends.python", "bio", "mr", "wrapper"],
     ["rules", "verbs.resources", "guest.image"],

@@ -19,6 +19,7 @@ from dmapath.addr import as_length
 from dmapath.errors import DmaValueError, NotSupportedError, StateError
 from dmapath.nvme_status import status_name
 
+
 @dataclass(frozen=True)
 class NvmeErrorEntry:
     """An entry of the controller's error log: which command of which queue failed with which status, and the byte and bit of

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from dmapath.bio import Bio, Request
 from dmapath.device import Device
 from dmapath.errors import DmaError
+from dmapath.limits import QueueLimits
 
 _Requests = Bio | Request | Iterable[Bio | Request]
 
@@ -25,7 +26,7 @@ class Nvme:
     metadata_size: int
     blocks: int
     max_bytes: int
-    limits: Any
+    limits: QueueLimits
     identity: dict[str, Any]
     def __init__(
         self,

@@ -18,7 +18,7 @@ from dmapath._nvme cimport (
     nvme_cqe,
 )
 from dmapath.abi cimport (
-    DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_MMIO_CAPSULE, dma_addr_t, dma_device, dma_map_iter, dma_map_state,
+    DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_MMIO_CAPSULE, dma_device, dma_map_iter, dma_map_state,
     dma_mmio, dma_policy, dma_readl, dma_readq, dma_request, dma_seg, dma_writel, dma_writeq,
 )
 from dmapath.bio cimport Bio, Request
@@ -33,6 +33,7 @@ from dmapath import rules
 from dmapath.addr import as_length
 from dmapath.descriptors import FORMS
 from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NvmeError, StateError, error_for
+from dmapath.limits import QueueLimits
 from dmapath.nvme_status import status_name
 
 cdef enum:
@@ -379,15 +380,6 @@ cdef class Io:
             raise errors[0]
 
 
-class _Limits:
-    """What one command may hold, for Bio.split."""
-
-    def __init__(self, device, max_bytes):
-        self.max_segment_size, self.seg_boundary_mask = device.max_segment_size, device.seg_boundary_mask
-        self.virt_boundary, self.dma_alignment = device.virt_boundary, device.dma_alignment
-        self.max_segments = min(device.max_segments, max_bytes // NVME_PAGE + 1, 256)
-
-
 @cython.no_gc_clear  # __dealloc__ stops the controller
 cdef class Nvme:
     """The driver of one namespace of an NVMe controller.
@@ -466,8 +458,8 @@ cdef class Nvme:
             p.free_[i] = n - 1 - i
 
     cdef wait_ready(self, uint32_t want):
-        cdef int i
-        for i in range(IDLE):
+        cdef int _look
+        for _look in range(IDLE):
             if (dma_readl(self.q.regs, NVME_CSTS) & 3) == want:
                 return
             self.q.regs.relax(self.q.regs.priv)
@@ -505,12 +497,12 @@ cdef class Nvme:
     cdef uint32_t admin(self, uint8_t opcode, uint32_t cdw10, uint32_t cdw11=0, uint64_t prp1=0, uint32_t nsid=0) except? 7:
         cdef nvme_cmd *c = <nvme_cmd *>self.admin_sq.host + self.admin_tail
         cdef nvme_cqe *e = <nvme_cqe *>self.admin_cq.host + self.admin_head
-        cdef int i
+        cdef int _look
         memset(c, 0, sizeof(nvme_cmd))
         c.opcode, c.nsid, c.prp1, c.cdw10, c.cdw11 = opcode, nsid, prp1, cdw10, cdw11
         self.admin_tail = (self.admin_tail + 1) % ADMIN_DEPTH
         dma_writel(self.q.regs, NVME_DOORBELLS, self.admin_tail)
-        for i in range(IDLE):
+        for _look in range(IDLE):
             self.q.regs.relax(self.q.regs.priv)
             if e.status & 1 == self.admin_phase:
                 break
@@ -541,7 +533,7 @@ cdef class Nvme:
             raise DmaValueError("the controller takes no SGL", argument="form", value="sgl")
         most = NVME_PAGE << self.identity["mdts"] if self.identity["mdts"] else 8 << 20
         self.max_bytes = min(8 << 20, most, self.device.opt_mapping_size)
-        self.limits = _Limits(self.device, self.max_bytes)
+        self.limits = QueueLimits.of(self.device, min(self.max_bytes // NVME_PAGE + 1, 256))
 
     # ---- requests
 
@@ -595,8 +587,11 @@ cdef class Nvme:
         if request.total % unit or request.sector * 512 % unit or not request.total:
             raise DmaValueError(f"whole blocks of {unit} bytes", argument="requests", value=request)
         if metas != request.total // unit * self.metadata_size:
-            raise DmaValueError(f"integrity of {self.metadata_size} bytes for each block", argument="requests", value=request)
-        return request.split(self.limits, max_bytes=self.max_bytes, block_size=unit) if isinstance(request, Bio) else [request]
+            raise DmaValueError(f"integrity of {self.metadata_size} bytes for each block", argument="requests",
+                                value=request)
+        if isinstance(request, Request):
+            return [request]
+        return request.split(self.limits, max_bytes=self.max_bytes, block_size=unit)
 
     def run(self, requests):
         """Submit and wait: the Io, done. Raises its first error."""
@@ -606,8 +601,8 @@ cdef class Nvme:
 
     def repeat(self, Io io not None, long times=1):
         """Run a finished Io's commands again, ``times`` times over, without making them anew."""
-        cdef long k
-        for k in range(times):
+        cdef long _round
+        for _round in range(times):
             if not io.done or io.driver is not self:
                 raise StateError("an Io of this driver's that is done", argument="io", value=io)
             io.list_.next = io.list_.done = 0

@@ -15,6 +15,7 @@ from typing import Any
 from dmapath.bio import Bio, Request
 from dmapath.device import Device, Mapping
 from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NoMemoryError, StateError, VerbsError
+from dmapath.limits import QueueLimits
 from dmapath.rdma import STATUS
 
 __all__ = ["Io", "Rblk"]
@@ -59,16 +60,6 @@ class Io:
             raise error
 
 
-class _Limits:
-    """What one request may hold, for Bio.split."""
-
-    def __init__(self, device: Device, qp: Any) -> None:
-        self.max_segment_size, self.seg_boundary_mask = device.max_segment_size, device.seg_boundary_mask
-        self.virt_boundary, self.dma_alignment = device.virt_boundary, device.dma_alignment
-        # a quarter of the send queue at most, so that requests overlap
-        self.max_segments = min(device.max_segments, qp.max_sge * max(1, qp.depth // 4))
-
-
 class Rblk:
     """The driver of one remote region as a disk.
 
@@ -88,6 +79,7 @@ class Rblk:
         How often a request is tried again that nobody answered.
     recover : callable
         Brings both ends of the connection back after an error; default: ``qp.recover``, which does this end.
+
     """
 
     def __init__(self, device: Device, qp: Any, remote_addr: int, rkey: int, size: int, *, queue_depth: int = 16,
@@ -100,7 +92,8 @@ class Rblk:
         self.device, self.qp, self.remote_addr, self.rkey, self.size = device, qp, int(remote_addr), rkey, size
         self.queue_depth, self.policy, self.max_bytes, self.retries = queue_depth, policy, max_bytes, retries
         self._recover = qp.recover if recover is None else recover
-        self._limits = _Limits(device, qp)
+        # a quarter of the send queue at most, so that requests overlap
+        self._limits = QueueLimits.of(device, qp.max_sge * max(1, qp.depth // 4))
         self._waiting: deque[_Command] = deque()
         self._flying: dict[int, tuple[_Command, Mapping]] = {}
         self._broken = self._closed = False

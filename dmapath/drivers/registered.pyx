@@ -15,7 +15,7 @@ from dmapath._core cimport lock, lock_acquire, lock_release
 from dmapath._rnic cimport RNIC_CREATE_MKEY, RNIC_DESTROY_MKEY, rnic_command
 from dmapath.abi cimport (
     DMA_ATTR_SKIP_CPU_SYNC, DMA_NONE, DMA_TO_DEVICE, DMAPATH_ABI, DMAPATH_OPS_CAPSULE, dma_addr, dma_addr_t,
-    dma_data_direction, dma_device, dma_iova_state, dma_keys, dma_ops, dma_p2p_peer, phys_addr, phys_addr_t, phys_vec,
+    dma_data_direction, dma_device, dma_iova_state, dma_keys, dma_ops, dma_p2p_peer, phys_addr_t, phys_vec,
 )
 from dmapath.device cimport CoherentBuffer
 from dmapath.drivers.rnic cimport Context, Pd, rnic_port, run_command
@@ -93,7 +93,8 @@ cdef void deregister(state *s, slot *t) noexcept nogil:
 
 
 # undo the links within [at, end) of a slot; how many
-cdef uint32_t unlink(state *s, slot *t, uint64_t at, uint64_t end, dma_data_direction dir, unsigned long attrs) noexcept nogil:
+cdef uint32_t unlink(state *s, slot *t, uint64_t at, uint64_t end, dma_data_direction dir,
+                     unsigned long attrs) noexcept nogil:
     cdef uint32_t i, kept = 0
     for i in range(t.nlinks):
         if t.links[i].at < at or t.links[i].at >= end:
@@ -443,13 +444,15 @@ cdef class Registered:
         if mode not in MODES:
             raise DmaValueError("linear or per-range", argument="mode", value=mode)
         if cache and mode == "linear":
-            raise DmaValueError("0: windows are made anew; per-range keeps what it registered", argument="cache", value=cache)
+            raise DmaValueError("0: windows are made anew; per-range keeps what it registered", argument="cache",
+                                value=cache)
         if not 1 <= slots <= 4096 or not 1 <= max_pages <= 4096:
             raise DmaValueError("1 to 4096", argument="slots", value=(slots, max_pages))
         self.pd, self.mode, self.config = pd, mode, dict(mode=mode, cache=cache, access=access, slots=slots,
                                                          max_pages=max_pages)
         self.s.cache, self.s.linear = as_length(cache, "cache", least=0), mode == "linear"
-        self.s.below, self.s.port, self.s.pd, self.s.access = &context.device.c, &context.port, pd.number, check_access(access)
+        self.s.below, self.s.port = &context.device.c, &context.port
+        self.s.pd, self.s.access = pd.number, check_access(access)
         self.s.nslots, self.s.pages = slots, max_pages
         self.tables = context.device.alloc_coherent(8 * slots * max_pages)
         self.s.slots = <slot *>calloc(slots, sizeof(slot))

@@ -6,7 +6,7 @@ from collections import deque
 
 cimport cython
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from dmapath._clock cimport now_ns
@@ -19,9 +19,9 @@ from dmapath._rnic cimport (
     RNIC_WC_HAS_IMM, RNIC_WC_INVALIDATED, RNIC_WC_RECV, RNIC_WRITE, RNIC_WRITE_IMM, rnic_command, rnic_cqe, rnic_wqe,
 )
 from dmapath.abi cimport DMAPATH_MMIO_CAPSULE, dma_mmio, dma_writeq
-from dmapath.device cimport CoherentBuffer, Device
+from dmapath.device cimport Device
 
-from dmapath.addr import DmaAddr, as_dma, as_length
+from dmapath.addr import DmaAddr
 from dmapath.errors import AddressTypeError, DmaValueError, NoMemoryError, StateError, VerbsError, error_for
 from dmapath.mr import LOCAL_WRITE, MemoryRegion, check_access, dma_blocks, sg_to_pages
 from dmapath.rdma import LOCAL_OPCODES, REMOTE_ALL, Completion, cut, entries_of
@@ -55,7 +55,8 @@ cdef class Context:
     def __cinit__(self, hca, Device device not None):
         mmio = getattr(hca, "mmio", None)
         if not PyCapsule_IsValid(mmio, DMAPATH_MMIO_CAPSULE):
-            raise AddressTypeError('an object whose attribute mmio is a capsule "dmapath.mmio.v1"', argument="hca", value=hca)
+            raise AddressTypeError('an object whose attribute mmio is a capsule "dmapath.mmio.v1"', argument="hca",
+                                   value=hca)
         self.hca, self.device, self.next_pd = hca, device, 1
         self.attr = dict(max_sge=RNIC_SGES, max_sge_rd=RNIC_SGES, max_msg_sz=RNIC_MAX_MESSAGE)
         self.page = device.alloc_coherent(RNIC_PAGE)
@@ -170,7 +171,8 @@ cdef class Mr:
 
 @cython.no_gc_clear
 cdef class FastMr:
-    """A key without memory, for fast registration: ``Qp.reg_mr`` gives it mapped segments, ``Qp.local_inv`` takes them away."""
+    """A key without memory, for fast registration: ``Qp.reg_mr`` gives it mapped segments, ``Qp.local_inv`` takes them
+    away. It holds at most ``max_pages`` pages (1 to 512)."""
 
     def __cinit__(self, Pd pd not None, uint32_t max_pages=256):
         cdef rnic_command c

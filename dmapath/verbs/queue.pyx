@@ -35,7 +35,7 @@ from dmapath.verbs.resources cimport Context, Mr, Mw, Pd, failed
 from dmapath import rdma
 from dmapath.addr import as_length
 from dmapath.errors import (
-    AddressTypeError, CompletionError, DmaValueError, NoMemoryError, NotSupportedError, StateError, VerbsError,
+    AddressTypeError, DmaValueError, NoMemoryError, NotSupportedError, StateError, VerbsError,
 )
 from dmapath.mr import LOCAL_WRITE, MW_BIND
 from dmapath.rdma import REMOTE_ALL, cut, entries_of

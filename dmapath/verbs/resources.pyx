@@ -24,7 +24,7 @@ from dmapath.verbs.ibv cimport (
 
 from dmapath.addr import DmaAddr, as_length
 from dmapath.errors import AddressTypeError, DmaValueError, NotSupportedError, StateError, VerbsError
-from dmapath.mr import REMOTE_READ, WRITABLE
+from dmapath.mr import WRITABLE
 from dmapath.verbs.bridge import is_pyverbs, pyverbs_mr
 
 

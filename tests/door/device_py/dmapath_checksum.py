@@ -6,9 +6,8 @@ from dmapath.mmio import registers
 
 
 class Checksum:
-    limits = {"dma_mask": 2**48 - 1, "max_segment_size": 1 << 20}
-
     def __init__(self):
+        self.limits = {"dma_mask": 2**48 - 1, "max_segment_size": 1 << 20}
         self.mmio = registers(self)
         self.address = self.length = self.sum = self.state = 0
         self.pending = False

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""Another package's driver, in Cython: it maps requests through the wrapper and gives each segment to the checksum engine."""
+"""Another package's driver, in Cython: it maps requests through the wrapper and gives each segment to the hardware."""
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_Import
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
