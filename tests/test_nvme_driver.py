@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from dmapath import (
     machines,
 )
 from dmapath.devices.nvme import NvmeController
-from dmapath.drivers.nvme import Nvme
+from dmapath.drivers.nvme import Io, Nvme
 from dmapath.nvme_status import DNR
 
 DISK = 4 << 20
@@ -165,6 +166,18 @@ def test_many_requests_of_any_size_in_any_order(depth: int, order: str) -> None:
         r.controller.media[:] = bytes(DISK)
         r.driver.repeat(first, 2)
         assert all(r.cpu(bio) == r.disk(bio) for bio in bios[:30])
+
+
+def test_it_can_be_polled_instead_of_waited_for() -> None:
+    with rig(hardware={"order": "random"}, queue_depth=4) as r:
+        io = r.driver.submit([Bio(r.vecs((i * PAGE, PAGE)), sector=8 * i) for i in range(20)])
+        assert (r.driver.in_flight, io.done) == (4, False)
+        taken = 0
+        for _ in range(1000):
+            taken += r.driver.poll()
+            if io.done:
+                break
+        assert (taken, r.driver.in_flight, io.errors) == (20, 0, [])
 
 
 def test_long_bios_are_split_and_requests_are_not() -> None:
@@ -379,6 +392,24 @@ def test_an_exception_in_the_users_block_leaves_nothing_mapped() -> None:
         driver.submit(Bio([(int(memory.phys(0)), PAGE)], op="write"))
         raise KeyError
     assert live(device) == before
+
+
+def test_a_driver_that_is_dropped_leaves_nothing() -> None:
+    controller, memory = NvmeController(DISK), PhysMemory(1 << 20)
+    device = Device(memory=memory, iommu=Iommu("strict"), **controller.limits)
+    controller.attach(device)
+    before = live(device)
+    driver = Nvme(controller, device, queue_depth=2)
+    io = driver.submit([Bio([(int(memory.phys(i * PAGE)), PAGE)], sector=8 * i) for i in range(5)])
+    assert driver.in_flight == 2
+    assert live(device)["mapped_bytes"] > before["mapped_bytes"]
+    del io, driver
+    gc.collect()
+    assert live(device) == before
+    with pytest.raises(TypeError, match=r"Nvme\.submit"):
+        Io()
+    with Nvme(controller, device):  # and the controller is free for another
+        pass
 
 
 parts = st.tuples(

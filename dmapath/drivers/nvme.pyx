@@ -3,6 +3,7 @@
 
 One flow: map, read segments, describe them, ring, reap, unmap. What the memory is and what maps it, it does not ask.
 """
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.errno cimport E2BIG, EAGAIN, EIO, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -343,6 +344,9 @@ cdef class Io:
     cdef readonly list requests
     cdef Nvme driver
 
+    def __init__(self):
+        raise TypeError("made by Nvme.submit")
+
     def __dealloc__(self):
         free(self.list_.reqs)
 
@@ -382,7 +386,7 @@ cdef class Io:
 
 @cython.no_gc_clear  # __dealloc__ stops the controller
 cdef class Nvme:
-    """The driver of one namespace of an NVMe controller.
+    """The driver of one namespace of an NVMe controller. One thread at a time uses it.
 
     Parameters
     ----------
@@ -578,6 +582,7 @@ cdef class Nvme:
             else:
                 self.q.last.after = &io.list_
             self.q.last = &io.list_
+            issue_more(&self.q)
         return io
 
     def _parts(self, request):
@@ -599,12 +604,23 @@ cdef class Nvme:
         io.wait()
         return io
 
+    def poll(self):
+        """Let the controller work once, take what completed and issue what waits; completions taken. Never waits."""
+        cdef uint32_t got
+        self.must_be_up()
+        with nogil:
+            self.q.regs.relax(self.q.regs.priv)
+            got = reap(&self.q)
+            issue_more(&self.q)
+        return got
+
     def repeat(self, Io io not None, long times=1):
         """Run a finished Io's commands again, ``times`` times over, without making them anew."""
         cdef long _round
         for _round in range(times):
             if not io.done or io.driver is not self:
                 raise StateError("an Io of this driver's that is done", argument="io", value=io)
+            PyErr_CheckSignals()
             io.list_.next = io.list_.done = 0
             io.list_.after = NULL
             self.enqueue(io)
@@ -730,7 +746,8 @@ cdef class Nvme:
             self.admin(NVME_ADMIN_DELETE_CQ, self.q.id)
         self.stop()
 
-    cdef stop(self):
+    # take the memory away from the controller: it must not write into what is somebody else's then
+    cdef void silence(self) noexcept:
         cdef uint32_t i
         self.up = False
         dma_writel(self.q.regs, NVME_CC, 0)
@@ -738,6 +755,9 @@ cdef class Nvme:
             if self.q.slots[i].req != NULL:
                 let_go(&self.q, &self.q.slots[i], self.q.slots[i].req)
                 self.q.slots[i].req = NULL
+
+    cdef stop(self):
+        self.silence()
         for memory in (self.admin_sq, self.admin_cq, self.sq, self.cq, self.small, self.large):
             memory.free()
 
@@ -752,7 +772,7 @@ cdef class Nvme:
 
     def __dealloc__(self):
         if self.up:
-            dma_writel(self.q.regs, NVME_CC, 0)  # no device may write into memory that is gone
+            self.silence()
         free(self.q.slots)
         free(self.q.cids)
         free(self.q.again)

@@ -428,6 +428,8 @@ cdef class Registered:
         Registrations that may live at once.
     max_pages : int
         Pages of a registration.
+
+    With a back end in Python beneath, one thread at a time may use it: its lock is held while that one runs.
     """
 
     cdef state s
