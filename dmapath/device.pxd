@@ -22,6 +22,7 @@ cdef class Device:
     cdef _limits(self)
     cdef _ranges(self, ranges)
     cdef IovaState _own(self, state)
+    cdef dma_device *hardware(self) except NULL
     cdef _inside(self, IovaState st, unsigned long long offset, unsigned long long size)
     cdef object __weakref__
 

@@ -38,7 +38,9 @@ from dmapath.backends.direct import DirectBackend
 from dmapath.backends.grant import GrantBackend
 from dmapath.backends.iommu import Iommu, IommuDomain
 from dmapath.backends.python import PythonBackend
-from dmapath.errors import AddressTypeError, DmaValueError, MappingError, StateError, error_for
+from dmapath.errors import (
+    AddressTypeError, DmaValueError, MappingError, NotSupportedError, StateError, error_for,
+)
 from dmapath.memory import HostBuffer
 from dmapath.request import DIRECTIONS, direction
 
@@ -206,6 +208,13 @@ cdef class Device:
         self.backend.attach(&self.c)
         if hasattr(backend, "attach"):
             backend.attach(self)
+
+    # as simulated hardware uses it: refused where that could not reach memory
+    cdef dma_device *hardware(self) except NULL:
+        if self.c.bus == NULL or self.c.mem == NULL:
+            raise NotSupportedError("a device with a memory, on a back end with a bus, is wanted", argument="device",
+                                    value=self)
+        return &self.c
 
     cdef _limits(self):
         c = self.config_

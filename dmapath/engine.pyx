@@ -7,7 +7,7 @@ from dmapath.abi cimport dma_fault, dma_seg
 from dmapath.device cimport Device, Segment
 
 from dmapath.addr import as_dma, as_length
-from dmapath.errors import DmaFault, DmaValueError, NotSupportedError
+from dmapath.errors import DmaFault, DmaValueError
 
 _REASONS = {1: "not present", 2: "no read permission", 3: "no write permission", 4: "no memory behind the address"}
 
@@ -21,9 +21,7 @@ cdef class DmaEngine:
     cdef readonly Device device
 
     def __init__(self, Device device not None):
-        if device.c.bus == NULL or device.c.mem == NULL:
-            raise NotSupportedError("a device with a memory, on a simulated back end, is wanted", argument="device",
-                                    value=device)
+        device.hardware()
         self.device = device
 
     def read(self, segments):

@@ -16,7 +16,7 @@ from dmapath.abi cimport DMAPATH_MMIO_CAPSULE
 from dmapath.device cimport Device
 
 from dmapath.addr import as_length
-from dmapath.errors import DmaValueError, NotSupportedError, StateError
+from dmapath.errors import DmaValueError, StateError
 from dmapath.nvme_status import status_name
 
 
@@ -104,12 +104,10 @@ cdef class NvmeController:
 
     def attach(self, Device device not None):
         """Plug it in: from now on it reaches memory as ``device``, a Device with a memory and a bus."""
-        if device.c.bus == NULL or device.c.mem == NULL:
-            raise NotSupportedError("a device with a memory, on a back end with a bus, is wanted", argument="device",
-                                    value=device)
         if self.device is not None:
             raise StateError("it is plugged in already", argument="self", value=self)
-        self.device, self.c.dev = device, &device.c
+        self.c.dev = device.hardware()
+        self.device = device
 
     def work(self):
         """Let it work once; the commands it completed. Drivers do the same by waiting."""

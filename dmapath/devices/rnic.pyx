@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free
 from dmapath.abi cimport DMAPATH_MMIO_CAPSULE
 from dmapath.device cimport Device
 
-from dmapath.errors import NotSupportedError, StateError
+from dmapath.errors import StateError
 
 
 cdef class Rnic:
@@ -33,12 +33,10 @@ cdef class Rnic:
 
     def attach(self, Device device not None):
         """Plug it in: from now on it reaches memory as ``device``, a Device with a memory and a bus."""
-        if device.c.bus == NULL or device.c.mem == NULL:
-            raise NotSupportedError("a device with a memory, on a back end with a bus, is wanted", argument="device",
-                                    value=device)
         if self.device is not None:
             raise StateError("it is plugged in already", argument="self", value=self)
-        self.device, self.c.dev = device, &device.c
+        self.c.dev = device.hardware()
+        self.device = device
 
     def connect(self, Rnic other not None):
         """Lay a wire to another HCA, or to itself; both ends lose the wire they had."""

@@ -4,6 +4,7 @@
 #include "flat.h"
 #include "rnic.h"
 
+enum { FIRST = 0x4200, LAST = FIRST + 0x7000 }; /* the registered region, by a good table */
 enum { RECVS = 8 * RNIC_STRIDE, COMMAND = 12 * RNIC_STRIDE, CQ = FLAT - 0x2000, PAGE_OF_COMMANDS = FLAT - 0x1000, TABLE = 0x3000 };
 
 static uint32_t command(struct rnic *h, struct flat *m, struct rnic_command c)
@@ -66,10 +67,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             }
         connect_qp(h[i], &m[i], 1);
     }
+    uint8_t *before = malloc(FLAT);
+    memcpy(before, m[1].bytes, FLAT);
     rnic_write_reg(h[1], RNIC_RQ_BELLS + 8, 8, data[0] & 4 ? 4 : 0);
     rnic_write_reg(h[0], RNIC_SQ_BELLS + 8, 8, 1 + (data[0] >> 5));
     for (int i = 0; i < 20; i++)
         rnic_work(h[0]);
+    if ((data[0] & 12) == 8) { /* without a receive, all that the far side's key and completions do not cover is as it was */
+        must(!memcmp(m[1].bytes, before, FIRST), "nothing before the region changes");
+        must(!memcmp(m[1].bytes + LAST, before + LAST, CQ - LAST), "nothing behind the region changes");
+    }
+    free(before);
     for (int i = 0; i < 2; i++) { /* any command, and any register */
         memcpy(m[i].bytes + PAGE_OF_COMMANDS, m[i].bytes + COMMAND, 64);
         rnic_write_reg(h[i], RNIC_GO, 8, 1);
