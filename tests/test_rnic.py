@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,18 @@ from conftest import live
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmapath import AddressTypeError, Bio, Device, DmaError, DmaValueError, Iommu, NoMemoryError, PhysMemory, StateError
+from dmapath import (
+    AddressTypeError,
+    Bio,
+    Device,
+    DmaError,
+    DmaValueError,
+    Iommu,
+    MemoryRegion,
+    NoMemoryError,
+    PhysMemory,
+    StateError,
+)
 from dmapath.devices.rnic import Rnic
 from dmapath.drivers.registered import Registered
 from dmapath.drivers.rnic import Context, Cq, FastMr, Mr, Pd, Qp, loopback
@@ -408,3 +420,71 @@ def test_registered_is_checked_and_bounded(sides: tuple[Side, Side]) -> None:
             dev.unmap_phys(c, 4096, "from_device")
         keys.flush()
         assert keys.counters()["registered_live"] == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    work=st.lists(
+        st.tuples(
+            st.sampled_from(["write", "read", "send", "add", "swap"]),
+            st.integers(0, 40_000),
+            st.integers(0, 20_000),
+            st.integers(0, 40_000),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    keyed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_random_work_against_plain_memory(work: list[tuple[str, int, int, int]], keyed: bool, seed: int) -> None:
+    """Any work requests posted together, through scattered memory on both sides: both memories are what plain copies in
+    their order make of them.
+    """
+    rng, made = random.Random(seed), []
+    for end in (1, 2):
+        memory, hca = PhysMemory(1 << 16, layout="scattered", seed=seed + end), Rnic()
+        device = Device(memory=memory, iommu=Iommu("strict") if end == 1 else None, **hca.limits)
+        hca.attach(device)
+        memoryview(memory)[:] = rng.randbytes(1 << 16)
+        context = Context(hca, device)
+        made.append(Side(memory, hca, device, context, Pd(context)))
+    near, far = made
+    near.hca.connect(far.hca)
+    mine, its = bytearray(near.memory), bytearray(far.memory)
+    with Qp(near.pd) as a, Qp(far.pd) as b, Mr(near.pd, near.memory) as local, Mr(far.pd, far.memory, access=ALL) as remote:
+        a.connect(b.qp_num)
+        b.connect(a.qp_num)
+        plain = near.device.map(MemoryRegion.from_memory(near.memory, 0, 1 << 16)) if not keyed else None
+        for op, at, n, there in work:
+            n = 8 if op in ("add", "swap") else n
+            there = there & ~7 if op in ("add", "swap") else there
+            # under a key, or by bus addresses where one range holds it all
+            where = local.segment(at, n) if plain is None else (int(plain.segments[0].addr) + at, n, 0)
+            if op in ("write", "send"):
+                if op == "send":
+                    b.recv([remote.segment(there, n)])
+                    a.post("send", [where])
+                else:
+                    a.post("write", [where], there, remote.rkey)
+                its[there : there + n] = mine[at : at + n]
+            elif op == "read":
+                a.post("read", [where], there, remote.rkey)
+                mine[at : at + n] = its[there : there + n]
+            else:
+                old = int.from_bytes(its[there : there + 8], "little")
+                if op == "add":
+                    a.fetch_add(where, there, remote.rkey, 2**63 + 5)
+                    new = (old + 2**63 + 5) % 2**64
+                else:
+                    a.cmp_swp(where, there, remote.rkey, old if at % 2 else old ^ 1, 77)
+                    new = 77 if at % 2 else old
+                mine[at : at + 8], its[there : there + 8] = old.to_bytes(8, "little"), new.to_bytes(8, "little")
+        for done in range(len(work)):
+            a.wait(done)
+        if plain is not None:
+            plain.unmap()
+    assert (bytes(near.memory), bytes(far.memory)) == (bytes(mine), bytes(its))
+    for side in made:
+        side.context.close()
+        assert not any(live(side.device).values())
