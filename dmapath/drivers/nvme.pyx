@@ -32,7 +32,7 @@ from dmapath.wrapper cimport map_next, map_start, unmap
 
 from dmapath import rules
 from dmapath.addr import as_length
-from dmapath.descriptors import FORMS
+from dmapath.descriptors import FORM_RULES, FORMS
 from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NvmeError, StateError, error_for
 from dmapath.limits import QueueLimits
 from dmapath.nvme_status import status_name
@@ -669,16 +669,22 @@ cdef class Nvme:
             self.q.first.next += 1
             skip_issued(&self.q)
 
-    def command(self, opcode, lba=0, blocks=1):
-        """One I/O command without data: NVMe opcode, first block, blocks. Raises NvmeError."""
+    # one command that is no read or write
+    cdef Io one(self, uint8_t opcode, uint64_t lba, uint32_t blocks, Bio data):
         cdef Io io = Io.__new__(Io)
-        io.driver, io.requests, io.list_.n = self, [None], 1
+        io.driver, io.requests, io.list_.n = self, [data], 1
         io.list_.reqs = <io_req *>calloc(1, sizeof(io_req))
         if io.list_.reqs == NULL:
             raise MemoryError("no memory for the command")
         io.list_.reqs[0].parent, io.list_.reqs[0].opcode = &io.list_, opcode
         io.list_.reqs[0].lba, io.list_.reqs[0].blocks = lba, blocks
-        self.enqueue(io).wait()
+        if data is not None:
+            io.list_.reqs[0].data = &data.rq
+        return self.enqueue(io)
+
+    def command(self, opcode, lba=0, blocks=1):
+        """One I/O command without data: NVMe opcode, first block, blocks. Raises NvmeError."""
+        self.one(opcode, lba, blocks, None).wait()
 
     def flush(self):
         """Make what was written durable (Flush)."""
@@ -700,17 +706,8 @@ cdef class Nvme:
                 for i, (lba, blocks) in enumerate(ranges):
                     view[16 * i + 4 : 16 * i + 16] = blocks.to_bytes(4, "little") + lba.to_bytes(8, "little")
             request = Bio([(page.phys, 16 * len(ranges))], op="write")
-            self.dataset(request, len(ranges))
-
-    cdef dataset(self, Bio request, uint32_t n):
-        cdef Io io = Io.__new__(Io)
-        io.driver, io.requests, io.list_.n = self, [request], 1
-        io.list_.reqs = <io_req *>calloc(1, sizeof(io_req))
-        if io.list_.reqs == NULL:
-            raise MemoryError("no memory for the command")
-        io.list_.reqs[0].parent, io.list_.reqs[0].opcode, io.list_.reqs[0].data = &io.list_, NVME_DSM, &request.rq
-        io.list_.reqs[0].lba, io.list_.reqs[0].blocks = (n - 1) | 4 << 32, 1  # cdw10: ranges; cdw11: deallocate
-        self.enqueue(io).wait()
+            # cdw10: ranges, less one; cdw11: deallocate
+            self.one(NVME_DSM, (len(ranges) - 1) | 4 << 32, 1, request).wait()
 
     # ---- what it did
 
@@ -723,7 +720,6 @@ cdef class Nvme:
     def told(self):
         """How the last request was mapped: dict of ``case``, ``layout``, ``segments`` and the ``form`` rule (see
         descriptors.FORM_RULES)."""
-        from dmapath.descriptors import FORM_RULES
         layout = rules.LAYOUTS[self.q.layout]
         return dict(case=rules.case_of(layout, self.q.rules, self.q.nsegs), layout=layout, segments=self.q.nsegs,
                     form=FORM_RULES[self.q.why][0])
