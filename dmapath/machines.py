@@ -14,6 +14,7 @@ from typing import Any
 
 from dmapath.adversary import Adversary
 from dmapath.backends.base import LIVE_COUNTERS
+from dmapath.backends.grant import GrantTable
 from dmapath.backends.iommu import Iommu
 from dmapath.device import Device
 from dmapath.errors import DmaValueError
@@ -84,6 +85,12 @@ def _swiotlb(name: str, limits: dict[str, Any]) -> Machine:
     return Machine(name, memory, Device(memory=memory, swiotlb=Swiotlb(memory, slots=8192, force=True), **limits))
 
 
+def _untrusted(name: str, limits: dict[str, Any]) -> Machine:
+    memory = _memory()
+    device = Device(memory=memory, iommu=Iommu("lazy"), untrusted=True, swiotlb=Swiotlb(memory, slots=8192), **limits)
+    return Machine(name, memory, device)
+
+
 def _xen(name: str, limits: dict[str, Any]) -> Machine:
     memory = _memory()
     pool = Swiotlb(memory, slots=8192)
@@ -120,7 +127,10 @@ MACHINES: dict[str, Callable[[str, dict[str, Any]], Machine]] = {
     "swiotlb": _swiotlb,
     "iommu-strict": lambda name, limits: plain(name, limits, iommu=Iommu("strict")),
     "iommu-lazy": lambda name, limits: plain(name, limits, iommu=Iommu("lazy")),
+    "untrusted": _untrusted,
+    "non-coherent": lambda name, limits: plain(name, limits, coherent=False),
     "xen": _xen,
+    "grant": lambda name, limits: plain(name, limits, grants=GrantTable()),
     "p2p": _peers,
     "adversarial": lambda name, limits: plain(name, limits, backend=Adversary(11)),
 }

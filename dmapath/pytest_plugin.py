@@ -1,8 +1,8 @@
 """The pytest plug-in: a test that asks for ``dma_device`` runs on each back end that ``--dma-backend`` names.
 
 ================= ====================================================================================================
-``dma_backend``   the back end's name: "direct", "swiotlb", "iommu-strict", "iommu-lazy", "xen", "p2p", "adversarial", those
-                  of other packages, and "verbs" (a real RDMA device)
+``dma_backend``   the back end's name: one of ``dmapath.machines.MACHINES`` ("direct", "iommu-strict", ...), one of another
+                  package, or "verbs" (a real RDMA device)
 ``dma_device``    a Device on it, dma-debug attached; with ``@pytest.mark.dma_limits(virt_boundary=0xfff, ...)`` its hardware
                   has those limits
 ``phys_memory``   the machine's PhysMemory
@@ -43,8 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dmapath", "DMA drivers on every back end")
     group.addoption("--dma-backend", default=DEFAULT, metavar="NAME[,NAME]",
                     help="back ends on which tests of dma_device run: all (every simulated one, and verbs where there is an "
-                    "RDMA device), or names: direct, swiotlb, iommu-strict, iommu-lazy, xen, p2p, adversarial, "
-                    "verbs")  # fmt: skip
+                    "RDMA device), or names: " + ", ".join([*machines.MACHINES, "verbs"]))  # fmt: skip
     group.addoption("--no-dma-debug", action="store_true", help="do not check how dma_device is used")
 
 

@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = {
     "gap": Rule("blk_can_dma_map_iova", "the request has a gap inside a granule, so Linux maps range by range"),
     "iova-full": Rule("alloc_iova_fast",
                       "no IOVA range can hold it: none is free under the device's mask, or the back end gives none"),
-    "separate": Rule("dmapath iova_link (EXDEV)",
+    "separate": Rule("iova_link (EXDEV), iommu_dma_iova_link_swiotlb",
                      "part of the memory cannot lie beside other memory: mapped range by range"),
     "fits": Rule("dma_iova_link (granule rule)",
                  "every range but the first begins, and every one but the last ends, on a granule"),

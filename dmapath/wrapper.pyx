@@ -12,8 +12,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_DEV_COHERENT, DMA_LAYOUT_BOUNCED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR,
-    DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE, DMA_MAP_CHUNK, DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED,
+    DMA_ATTR_MMIO, DMA_DEV_COHERENT, DMA_DEV_UNTRUSTED, DMA_LAYOUT_BOUNCED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED,
+    DMA_LAYOUT_LINEAR, DMA_LAYOUT_NONE,
+    DMA_LAYOUT_PER_RANGE, DMA_MAP_CHUNK, DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED,
     DMA_P2P_THRU_HOST_BRIDGE, DMA_POLICY_LINUX, DMA_RQ_SG, DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr,
     dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter, dma_map_state, dma_p2p_at,
     dma_p2p_bus, dma_p2p_kind, dma_p2p_range, dma_policy, dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t,
@@ -256,18 +257,41 @@ cdef int limits_refuse(dma_device *dev, dma_map_state *st, dma_map_iter *it, con
     return 0
 
 
+# an untrusted device's buffer that begins inside a granule bounces; where bounce buffers do not keep that place, such a
+# range cannot be linked (iommu_dma_iova_link_swiotlb), only mapped by itself
+cdef bint heads_lose_their_place(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    cdef uint64_t heads = 0
+    cdef uint32_t i
+    window_rewind(it)
+    while window_load(it, &dev.limits):
+        for i in range(it.have):
+            heads |= it.window[i].paddr.v
+    it.whole = 0
+    window_restart(it, &dev.limits)
+    return heads & it.granule_mask & ~dev.min_align_mask != 0
+
+
+cdef inline bint cannot_link(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    if likely(not dev.flags & DMA_DEV_UNTRUSTED) or it.granule_mask & ~dev.min_align_mask == 0:
+        return False
+    return heads_lose_their_place(dev, it)
+
+
 cdef int start_unified(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
     cdef uint64_t gm = it.granule_mask
-    cdef bint fits, gapped_ok = dev.flags & DMA_DEV_COHERENT
+    cdef bint alone, fits, gapped_ok = dev.flags & DMA_DEV_COHERENT
     cdef shape s
     cdef int rc
     measure(it, &dev.limits, gm, &s)
-    fits = gm != 0 and s.edges & gm == 0
+    alone = cannot_link(dev, it)
+    fits = gm != 0 and s.edges & gm == 0 and not alone
     rc = limits_refuse(dev, st, it, &s, fits)
     if rc:
         return rc
     if gm == 0:
         st.rules |= R_NO_IOVA
+    elif alone:
+        st.rules |= R_SEPARATE
     elif fits:
         st.rules |= R_FITS
         rc = map_in_one(dev, st, it, False, it.rq.total)
@@ -397,11 +421,14 @@ cdef phys_addr_t first_linked(dma_device *dev, dma_map_iter *it) noexcept nogil:
 cdef int start_unified_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
     cdef uint64_t gm = it.granule_mask, linked, joints, size
     cdef uint32_t runs
-    cdef bint fits
+    cdef bint alone, fits
     cdef shape s
     cdef int rc
     measure_pieces(dev, it, &s, &linked, &joints, &runs)
-    fits = gm != 0 and joints & gm == 0
+    alone = cannot_link(dev, it)
+    if alone:
+        it.pos = 0
+    fits = gm != 0 and joints & gm == 0 and not alone
     if fits:
         s.n = runs
     rc = limits_refuse(dev, st, it, &s, fits and runs == 1)
@@ -411,6 +438,8 @@ cdef int start_unified_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it)
         return start_peer_alone(st)
     if gm == 0:
         st.rules |= R_NO_IOVA
+    elif alone:
+        st.rules |= R_SEPARATE
     elif fits or dev.flags & DMA_DEV_COHERENT:
         st.rules |= R_FITS if fits else R_GAPPED
         size = linked if fits else s.padded

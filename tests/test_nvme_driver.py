@@ -36,6 +36,7 @@ from dmapath.drivers.nvme import Io, Nvme
 from dmapath.nvme_status import DNR
 
 DISK = 4 << 20
+BASE = 1 << 32
 PAGE = 4096
 
 
@@ -379,6 +380,49 @@ def test_mistakes_of_the_user_are_named() -> None:
         Nvme(object(), device)
     with pytest.raises(StateError, match="does not answer"):
         Nvme(NvmeController(DISK), device)  # it was never plugged in
+
+
+#: Machines beyond those of the matrix: keyword arguments of the Device, given its memory.
+MORE: dict[str, Any] = {
+    "bus offset": lambda memory: {"dma_ranges": [(BASE, 1 << 44, 1 << 32), (1 << 50, 1 << 45, 1 << 40)]},
+    "32 bits": lambda memory: {"dma_mask": 2**32 - 1, "swiotlb": Swiotlb(memory, slots=2048)},
+    "restricted pool": lambda memory: {"swiotlb": Swiotlb(memory, slots=2048, restricted=True)},
+    "growing pool": lambda memory: {"swiotlb": Swiotlb(memory, slots=2048, force=True, dynamic=True)},
+    "bounce, non-coherent": lambda memory: {"coherent": False, "swiotlb": Swiotlb(memory, slots=2048, force=True)},
+    "caching mode": lambda memory: {"iommu": Iommu("strict", caching_mode=True)},
+    "passthrough": lambda memory: {"iommu": Iommu("passthrough")},
+    "IOMMU, non-coherent": lambda memory: {"iommu": Iommu("strict"), "coherent": False},
+    "untrusted, non-coherent": lambda memory: {
+        "iommu": Iommu("strict"), "coherent": False, "untrusted": True, "swiotlb": Swiotlb(memory, slots=2048)},
+    "1 MiB of IOVA": lambda memory: {"iommu": Iommu("strict"), "dma_mask": 0xFFFFF},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sgl", [True, False])
+@pytest.mark.parametrize("name", MORE)
+def test_it_runs_on_every_other_machine_too(name: str, sgl: bool) -> None:
+    memory = PhysMemory(1 << 20, base=BASE)
+    controller = NvmeController(1 << 20, sgl=sgl, order="random")
+    device = Device(memory=memory, **{**controller.limits, **MORE[name](memory)})
+    controller.attach(device)
+    before = live(device)
+    debug = device.attach(DmaDebug())
+    with Nvme(controller, device, queue_depth=8) as driver:
+        memory.write(BASE, os.urandom(1 << 19))
+        for op in ("write", "read"):
+            bios = [
+                Bio([(at + 0x200, 0xE00), (at + 0x2000, 0x1000), (at + 0x4100, 0x200)], op=op, sector=32 * i)
+                for i, at in enumerate(range(BASE, BASE + 0x40000, 0x8000))
+            ]
+            driver.run(bios)
+            for bio in bios:
+                assert bytes(controller.media[bio.sector * 512 :][: bio.total]) == b"".join(
+                    memory.read(p, n) for p, n in bio.vecs
+                )
+            controller.media[:] = os.urandom(1 << 20)
+    device.detach(debug)
+    debug.check()
+    assert live(device) == before
 
 
 def test_an_exception_in_the_users_block_leaves_nothing_mapped() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dmapath import machines
+
 PLUGIN = ("-p", "dmapath.pytest_plugin")  # named, so that an installed and a built-in-place dmapath are both found
 
 THEIRS = """
@@ -52,7 +54,7 @@ def run(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
 def test_a_test_runs_on_every_back_end(tmp_path: Path) -> None:
     done = run(tmp_path, "-v", "-k", "good or limits")
     assert done.returncode == 0, done.stdout
-    for name in ("direct", "swiotlb", "iommu-strict", "iommu-lazy", "xen", "p2p", "adversarial"):
+    for name in machines.MACHINES:
         assert f"test_good[{name}] PASSED" in done.stdout
         assert f"test_limits[{name}] PASSED" in done.stdout
 

@@ -85,6 +85,27 @@ def test_row_23_an_unaligned_head_without_min_align_fails(format: str, want: int
     dev.iova_free(state)
 
 
+@pytest.mark.parametrize("min_align", [0, 0x1FF])
+@pytest.mark.parametrize("ranges", [[(0x200, 0x600), (0x3000, 0x1000)], [(0x123, 0x2000)], [(0, 0x1000), (0x5400, 0x10)]])
+def test_the_wrapper_maps_such_heads_by_themselves(min_align: int, ranges: list[tuple[int, int]], errno_of: ErrnoOf) -> None:
+    """What two steps cannot link, the classic calls map: the unified flow needs no word of the driver for it."""
+    memory, pool, dev = untrusted(min_align)
+    memory.write(BASE, bytes(i * 13 & 255 for i in range(0x6000)))
+    before, vecs = live(dev), [(BASE + at, n) for at, n in ranges]
+    with dev.map(Bio(vecs, op="write")) as m:
+        if any(at & 0xFFF & ~min_align for at, _ in ranges):
+            assert "separate" in m.rules
+        assert DmaEngine(dev).read(m.segments) == b"".join(memory.read(p, n) for p, n in vecs)
+    data = bytes(255 - (i & 127) for i in range(sum(n for _, n in ranges)))
+    with dev.map(Bio(vecs, op="read")) as m:
+        DmaEngine(dev).write(m.segments, data)
+    assert b"".join(memory.read(p, n) for p, n in vecs) == data
+    assert (live(dev), pool.used) == (before, 0)
+    if len(ranges) == 1 and not min_align:  # policy linux goes on to do as Linux does
+        assert errno_of(dev.map, Bio(vecs, op="write"), "linux") == errno.ENXIO
+        assert live(dev) == before
+
+
 def test_row_25_aligned_does_not_bounce() -> None:
     _, pool, dev = untrusted()
     with dev.map(Bio([(BASE, 0x2000)])) as m:

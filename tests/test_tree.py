@@ -96,7 +96,8 @@ def test_the_core_needs_no_python() -> None:
 
 
 HOT = {
-    "wrapper": ["map_start", "start_unified", "start_linux", "link_all", "measure", "map_next", "next_linear", "next_gapped",
+    "wrapper": ["map_start", "cannot_link", "heads_lose_their_place", "start_unified",
+                "start_linux", "link_all", "measure", "map_next", "next_linear", "next_gapped",
                 "next_each", "unmap", "next_piece", "start_unified_p2p", "link_pieces", "next_p2p"],
     "request": ["vec_fill"],
     "backends/iommu": ["iommu_try_alloc", "link_ranges", "iommu_link", "iommu_link_vec", "iommu_link_gapped", "iommu_sync",
