@@ -379,7 +379,7 @@ cdef int reg_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size, dm
 
 
 cdef uint64_t reg_merge_boundary(dma_device *dev) noexcept nogil:
-    return PAGE - 1 if state_of(dev).linear else 0
+    return PAGE - 1
 
 
 cdef int reg_is_bounced(dma_device *dev, dma_addr_t addr) noexcept nogil:
