@@ -295,6 +295,10 @@ cdef int start_unified(dma_device *dev, dma_map_state *st, dma_map_iter *it) noe
     elif fits:
         st.rules |= R_FITS
         rc = map_in_one(dev, st, it, False, it.rq.total)
+        if rc == 0:  # not one range after all: each must be such as the device takes
+            rc = limits_refuse(dev, st, it, &s, False)
+            if rc:
+                return rc
     elif gapped_ok:
         st.rules |= R_GAPPED
         rc = map_in_one(dev, st, it, True, s.padded)
@@ -420,7 +424,7 @@ cdef phys_addr_t first_linked(dma_device *dev, dma_map_iter *it) noexcept nogil:
 
 cdef int start_unified_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
     cdef uint64_t gm = it.granule_mask, linked, joints, size
-    cdef uint32_t runs
+    cdef uint32_t runs, pieces
     cdef bint alone, fits
     cdef shape s
     cdef int rc
@@ -429,6 +433,7 @@ cdef int start_unified_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it)
     if alone:
         it.pos = 0
     fits = gm != 0 and joints & gm == 0 and not alone
+    pieces = s.n
     if fits:
         s.n = runs
     rc = limits_refuse(dev, st, it, &s, fits and runs == 1)
@@ -446,11 +451,19 @@ cdef int start_unified_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it)
         if dev.ops.iova_try_alloc(dev, &st.iova, first_linked(dev, it) if fits else phys_addr(0), size):
             st.layout = DMA_LAYOUT_LINEAR if fits else DMA_LAYOUT_GAPPED
             it.next = st.iova.addr.v
-            return link_pieces(dev, st, it, not fits, size)
-        st.rules |= R_IOVA_FULL
+            rc = link_pieces(dev, st, it, not fits, size)
+            if rc != -EXDEV:
+                return rc
+            st.rules = st.rules & ~<uint64_t>R_LINK_FAILED | R_SEPARATE
+        else:
+            st.rules |= R_IOVA_FULL
+        s.n = pieces
+        rc = limits_refuse(dev, st, it, &s, False)
+        if rc:
+            return rc
     else:
         st.rules |= R_NONCOHERENT
-    return prepare_each(dev, st, it, s.n)
+    return prepare_each(dev, st, it, pieces)
 
 
 # blk_dma_map_iter_start: the first vector's kind is the whole bio's, which bio_add_page has made sure of

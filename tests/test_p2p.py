@@ -20,6 +20,7 @@ from dmapath import (
     DmaError,
     DmaFault,
     Fabric,
+    FaultInjector,
     HostBuffer,
     Iommu,
     MemoryRegion,
@@ -406,3 +407,36 @@ def test_failures_in_the_middle_leave_nothing() -> None:
             assert nth > 1
             return
     pytest.fail("never ran out of allocations")
+
+
+@pytest.mark.parametrize("how", ["bus", "host"])
+def test_a_refused_range_maps_every_piece_by_itself(how: str) -> None:
+    """Runs of pieces that would be one range each are more segments when there is no range: each is kept, none is lost."""
+    m = Machine(how)
+    fill(m)
+    before = live(m.dev)
+    order = [5, 9, 2, 7, 11, 3]
+    vecs = [v for at in order for v in m.memory.vecs(at * PAGE, PAGE)]
+    vecs[3:3] = [*m.bar.vecs(3 * PAGE, PAGE), *m.bar.vecs(9 * PAGE, PAGE)]
+    bio = Bio(vecs, op="write")
+    faults = m.dev.attach(FaultInjector("iova_try_alloc", 1))
+    with m.dev.map(bio) as mapping:
+        assert faults.left == 0
+        assert (mapping.layout, len(mapping)) == ("per-range", 8)
+        assert DmaEngine(m.dev).read(mapping.segments) == m.read(bio.vecs)
+    m.dev.detach(faults)
+    assert live(m.dev) == before
+
+
+@pytest.mark.parametrize("peers", [True, False])
+def test_a_refused_range_does_not_give_more_segments_than_the_device_takes(peers: bool) -> None:
+    m = Machine("bus", max_segments=3)
+    vecs = [*m.memory.vecs(5 * PAGE, PAGE), *m.memory.vecs(9 * PAGE, PAGE), *m.memory.vecs(2 * PAGE, PAGE)]
+    vecs += m.bar.vecs(0, PAGE) if peers else m.memory.vecs(7 * PAGE, PAGE)
+    before = live(m.dev)
+    m.dev.map(Bio(vecs)).unmap()
+    m.dev.attach(FaultInjector("iova_try_alloc", 1))
+    with pytest.raises(DmaError, match="split the bio first") as e:
+        m.dev.map(Bio(vecs))
+    assert e.value.errno == errno.EINVAL
+    assert live(m.dev) == before
