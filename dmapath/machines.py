@@ -14,7 +14,6 @@ from typing import Any
 
 from dmapath.adversary import Adversary
 from dmapath.backends.base import LIVE_COUNTERS
-from dmapath.backends.grant import GrantTable
 from dmapath.backends.iommu import Iommu
 from dmapath.device import Device
 from dmapath.errors import DmaValueError
@@ -130,7 +129,6 @@ MACHINES: dict[str, Callable[[str, dict[str, Any]], Machine]] = {
     "untrusted": _untrusted,
     "non-coherent": lambda name, limits: plain(name, limits, coherent=False),
     "xen": _xen,
-    "grant": lambda name, limits: plain(name, limits, grants=GrantTable()),
     "p2p": _peers,
     "adversarial": lambda name, limits: plain(name, limits, backend=Adversary(11)),
 }

@@ -23,6 +23,7 @@ from dmapath import (
     DmaError,
     DmaValueError,
     FaultInjector,
+    GrantTable,
     Iommu,
     NvmeError,
     PhysMemory,
@@ -394,6 +395,7 @@ MORE: dict[str, Any] = {
     "IOMMU, non-coherent": lambda memory: {"iommu": Iommu("strict"), "coherent": False},
     "untrusted, non-coherent": lambda memory: {
         "iommu": Iommu("strict"), "coherent": False, "untrusted": True, "swiotlb": Swiotlb(memory, slots=2048)},
+    "Xen grants": lambda memory: {"grants": GrantTable()},
     "1 MiB of IOVA": lambda memory: {"iommu": Iommu("strict"), "dma_mask": 0xFFFFF},
 }  # fmt: skip
 
