@@ -430,8 +430,6 @@ cdef int start_unified_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it)
     cdef int rc
     measure_pieces(dev, it, &s, &linked, &joints, &runs)
     alone = cannot_link(dev, it)
-    if alone:
-        it.pos = 0
     fits = gm != 0 and joints & gm == 0 and not alone
     pieces = s.n
     if fits:

@@ -126,7 +126,9 @@ def test_kill_9_leaves_no_guest(scratch: Path) -> None:
 def test_being_ended_leaves_nothing(how: signal.Signals, number: int, scratch: Path) -> None:
     """One guest, or a pair."""
     words = ["guest", "run", *(["--pair"] if number == 2 else []), "--memory", "256", "--", "sleep", "600"]
-    child = subprocess.Popen([*DMAPATH, *words], stderr=subprocess.DEVNULL)
+    # a test run in the background may have inherited that SIGINT is ignored
+    child = subprocess.Popen([*DMAPATH, *words], stderr=subprocess.DEVNULL,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     assert wait_until(lambda: len(guests(scratch)) == number)
     child.send_signal(how)
     assert child.wait(20) == 128 + how
