@@ -57,6 +57,15 @@ def registers(owner):
     return PyCapsule_New(regs, DMAPATH_MMIO_CAPSULE, forget)
 
 
+# a device's registers, for a driver whose parameter `argument` it is
+cdef const dma_mmio *registers_of(object hardware, str argument) except NULL:
+    capsule = getattr(hardware, "mmio", None)
+    if not PyCapsule_IsValid(capsule, DMAPATH_MMIO_CAPSULE):
+        raise AddressTypeError('an object whose attribute mmio is a capsule "dmapath.mmio.v1"', argument=argument,
+                               value=hardware)
+    return <const dma_mmio *>PyCapsule_GetPointer(capsule, DMAPATH_MMIO_CAPSULE)
+
+
 cdef class Mmio:
     """A device's registers for a driver in Python: ``hardware`` has the capsule in its attribute ``mmio``."""
 
@@ -64,11 +73,7 @@ cdef class Mmio:
     cdef object hardware
 
     def __init__(self, hardware):
-        capsule = getattr(hardware, "mmio", None)
-        if not PyCapsule_IsValid(capsule, DMAPATH_MMIO_CAPSULE):
-            raise AddressTypeError('an object whose attribute mmio is a capsule "dmapath.mmio.v1"', argument="hardware",
-                                   value=hardware)
-        self.hardware, self.regs = hardware, <const dma_mmio *>PyCapsule_GetPointer(capsule, DMAPATH_MMIO_CAPSULE)
+        self.hardware, self.regs = hardware, registers_of(hardware, "hardware")
 
     cdef uint64_t place(self, offset, int width) except? 0:
         if width not in (4, 8):

@@ -65,10 +65,10 @@ def rig(iommu: str | None = "strict", *, hardware: Any = (), device: Any = (), *
     before = live(dev)
     debug = dev.attach(DmaDebug())
     with Nvme(controller, dev, **driver) as made:
-        pieces = made.counters()["pieces_held"]
+        pieces = made.counters()["pieces_free"]
         yield Rig(controller, dev, made)
         assert made.in_flight == 0
-        assert made.counters()["pieces_held"] == pieces
+        assert made.counters()["pieces_free"] == pieces
     dev.detach(debug)
     debug.check()
     if dev.iommu is not None:

@@ -4,7 +4,6 @@
 One flow: map, read segments, describe them, ring, reap, unmap. What the memory is and what maps it, it does not ask.
 """
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.errno cimport E2BIG, EAGAIN, EIO, ENOMEM, ETIMEDOUT
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -19,7 +18,7 @@ from dmapath._nvme cimport (
     nvme_cqe,
 )
 from dmapath.abi cimport (
-    DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_MMIO_CAPSULE, dma_device, dma_map_iter, dma_map_state,
+    DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, dma_device, dma_map_iter, dma_map_state,
     dma_mmio, dma_policy, dma_readl, dma_readq, dma_request, dma_seg, dma_writel, dma_writeq,
 )
 from dmapath.bio cimport Bio, Request
@@ -27,6 +26,7 @@ from dmapath.descriptors cimport (
     FORM_SGL, LIST_PAGES, data_pointer, desc_page, desc_pages, describe, describe_metadata, form_choice, nvme_form,
 )
 from dmapath.device cimport CoherentBuffer, Device
+from dmapath.mmio cimport registers_of
 from dmapath.request cimport Mappable
 from dmapath.wrapper cimport map_next, map_start, unmap
 
@@ -420,10 +420,7 @@ cdef class Nvme:
 
     def __cinit__(self, controller, Device device not None, *, int queue_depth=32, form="auto", sgl_threshold=32768,
                   policy="unified", int retries=5):
-        mmio = getattr(controller, "mmio", None)
-        if not PyCapsule_IsValid(mmio, DMAPATH_MMIO_CAPSULE):
-            raise AddressTypeError('an object whose attribute mmio is a capsule "dmapath.mmio.v1"', argument="controller",
-                                   value=controller)
+        self.q.regs = registers_of(controller, "controller")
         if not 1 <= queue_depth <= 1000:
             raise DmaValueError("1 to 1000", argument="queue_depth", value=queue_depth)
         if form not in FORMS:
@@ -433,7 +430,7 @@ cdef class Nvme:
         if not 0 <= retries <= 100:
             raise DmaValueError("0 to 100", argument="retries", value=retries)
         self.controller, self.device, self.queue_depth, self.live = controller, device, queue_depth, []
-        self.q.dev, self.q.regs = &device.c, <const dma_mmio *>PyCapsule_GetPointer(mmio, DMAPATH_MMIO_CAPSULE)
+        self.q.dev = &device.c
         self.q.form, self.q.threshold = FORMS[form], as_length(sgl_threshold, "sgl_threshold", least=0)
         self.q.policy = DMA_POLICY_LINUX if policy == "linux" else DMA_POLICY_UNIFIED
         self.q.tries, self.q.nsid, self.q.id, self.q.entries = retries, 1, 1, queue_depth + 1
@@ -725,11 +722,11 @@ cdef class Nvme:
                     form=FORM_RULES[self.q.why][0])
 
     def counters(self):
-        """Commands issued, by form of their data, retries, resets of the controller, descriptor pages taken, and commands
-        whose descriptors stood in themselves."""
+        """Commands issued, by form of their data, retries, resets of the controller, descriptor pages taken,
+        commands whose descriptors stood in themselves, and pieces of the descriptor pools that nobody holds."""
         return dict(commands=self.q.commands, prp=self.q.prps, sgl=self.q.sgls, retries=self.q.retries,
                     resets=self.q.resets, list_pages=self.q.list_pages, inline=self.q.inlined,
-                    pieces_held=self.q.small.left + self.q.large.left)
+                    pieces_free=self.q.small.left + self.q.large.left)
 
     def close(self):
         """Stop the controller, unmap everything and give the memory back. StateError while requests are in flight."""

@@ -24,6 +24,7 @@ cdef class Context:
     cdef uint32_t next_pd
     cdef readonly int children
     cdef uint32_t command(self, rnic_command *c, what) except? 0xffffffff
+    cdef destroy(self, uint32_t op, uint32_t number, what)
 
 
 cdef class Pd:
@@ -59,6 +60,7 @@ cdef class Cq:
     cdef dict qps
     cdef bint live
     cdef list fetch(self, int n)
+    cdef list wait_for(self, int n, double timeout)
 
 
 cdef class Qp:

@@ -5,7 +5,6 @@ import weakref
 from collections import deque
 
 cimport cython
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -18,11 +17,12 @@ from dmapath._rnic cimport (
     RNIC_RQ_BELLS, RNIC_RTR, RNIC_RTS, RNIC_SEND, RNIC_SEND_INV, RNIC_SGES, RNIC_SIGNALED, RNIC_SQ_BELLS, RNIC_STRIDE,
     RNIC_WC_HAS_IMM, RNIC_WC_INVALIDATED, RNIC_WC_RECV, RNIC_WRITE, RNIC_WRITE_IMM, rnic_command, rnic_cqe, rnic_wqe,
 )
-from dmapath.abi cimport DMAPATH_MMIO_CAPSULE, dma_mmio, dma_writeq
+from dmapath.abi cimport dma_writeq
 from dmapath.device cimport Device
+from dmapath.mmio cimport registers_of
 
 from dmapath.addr import DmaAddr
-from dmapath.errors import AddressTypeError, DmaValueError, NoMemoryError, StateError, VerbsError, error_for
+from dmapath.errors import DmaValueError, NoMemoryError, StateError, VerbsError, error_for
 from dmapath.mr import LOCAL_WRITE, MemoryRegion, check_access, dma_blocks, sg_to_pages
 from dmapath.rdma import LOCAL_OPCODES, REMOTE_ALL, Completion, cut, entries_of
 
@@ -53,14 +53,10 @@ cdef class Context:
     memory."""
 
     def __cinit__(self, hca, Device device not None):
-        mmio = getattr(hca, "mmio", None)
-        if not PyCapsule_IsValid(mmio, DMAPATH_MMIO_CAPSULE):
-            raise AddressTypeError('an object whose attribute mmio is a capsule "dmapath.mmio.v1"', argument="hca",
-                                   value=hca)
+        self.port.regs = registers_of(hca, "hca")
         self.hca, self.device, self.next_pd = hca, device, 1
         self.attr = dict(max_sge=RNIC_SGES, max_sge_rd=RNIC_SGES, max_msg_sz=RNIC_MAX_MESSAGE)
         self.page = device.alloc_coherent(RNIC_PAGE)
-        self.port.regs = <const dma_mmio *>PyCapsule_GetPointer(mmio, DMAPATH_MMIO_CAPSULE)
         self.port.page = <rnic_command *>self.page.host
         dma_writeq(self.port.regs, RNIC_COMMAND, self.page.addr_.v)
 
@@ -73,6 +69,12 @@ cdef class Context:
         if rc:
             raise error_for(-rc, f"the HCA refuses to {what}", "hca", self.hca)
         return c.result
+
+    cdef destroy(self, uint32_t op, uint32_t number, what):
+        cdef rnic_command c
+        memset(&c, 0, sizeof(c))
+        c.op, c.id = op, number
+        self.command(&c, f"destroy {what}")
 
     def close(self):
         """Give its memory back. StateError while anything that was made in it lives."""
@@ -149,13 +151,10 @@ cdef class Mr:
 
     def release(self):
         """As ``dereg``, where it is live."""
-        cdef rnic_command c
         if self.live:
             self.live = False
             self.pd.context.children -= 1
-            memset(&c, 0, sizeof(c))
-            c.op, c.id = RNIC_DESTROY_MKEY, self.lkey
-            self.pd.context.command(&c, "destroy a key")
+            self.pd.context.destroy(RNIC_DESTROY_MKEY, self.lkey, "a key")
             self.mapping.unmap()
             self.table.free()
 
@@ -208,13 +207,10 @@ cdef class FastMr:
 
     def free(self):
         """Take the key back."""
-        cdef rnic_command c
         if self.live:
             self.live = False
             self.pd.context.children -= 1
-            memset(&c, 0, sizeof(c))
-            c.op, c.id = RNIC_DESTROY_MKEY, self.key
-            self.pd.context.command(&c, "destroy a key")
+            self.pd.context.destroy(RNIC_DESTROY_MKEY, self.key, "a key")
             self.table.free()
 
     def __enter__(self):
@@ -261,37 +257,33 @@ cdef class Cq:
         dma_writeq(self.context.port.regs, RNIC_CQ_BELLS + 8 * self.number, self.head)
         return out
 
-    def _dispatch(self, double timeout):
-        """Leave what comes with the queue pairs it belongs to; how many came."""
-        cdef uint64_t end = now_ns() + <uint64_t>(timeout * 1e9)
-        cdef Qp qp
-        while True:
-            got = self.fetch(256)
-            for qp, done in got:
-                if done.opcode in ("recv", "recv_write_imm"):
-                    qp.arrivals.append(done)
-                elif not done.ok:
-                    qp.failures.setdefault(done.request, done)
-            if got or (self.context.port.regs.relax(self.context.port.regs.priv) == 0 and now_ns() > end):
-                return len(got)
-
-    def poll(self, int n=64, double timeout=0.0):
-        """Completions in order: list of Completion, at most n; waits ``timeout`` seconds for the first."""
+    # the same, waiting for the first of them
+    cdef list wait_for(self, int n, double timeout):
         cdef uint64_t end = now_ns() + <uint64_t>(timeout * 1e9)
         while True:
             got = self.fetch(n)
-            if got:
-                return [done for _, done in got]
-            if self.context.port.regs.relax(self.context.port.regs.priv) == 0 and now_ns() > end:
-                return []
+            if got or (self.context.port.regs.relax(self.context.port.regs.priv) == 0 and now_ns() > end):
+                return got
+
+    def _dispatch(self, double timeout):
+        """Leave what comes with the queue pairs it belongs to; how many came."""
+        cdef Qp qp
+        got = self.wait_for(256, timeout)
+        for qp, done in got:
+            if done.opcode in ("recv", "recv_write_imm"):
+                qp.arrivals.append(done)
+            elif not done.ok:
+                qp.failures.setdefault(done.request, done)
+        return len(got)
+
+    def poll(self, int n=64, double timeout=0.0):
+        """Completions in order: list of Completion, at most n; waits ``timeout`` seconds for the first."""
+        return [done for _, done in self.wait_for(n, timeout)]
 
     def close(self):
         """Destroy it. DmaValueError (EBUSY) while a queue pair uses it."""
-        cdef rnic_command c
         if self.live:
-            memset(&c, 0, sizeof(c))
-            c.op, c.id = RNIC_DESTROY_CQ, self.number
-            self.context.command(&c, "destroy a completion queue that queue pairs use")
+            self.context.destroy(RNIC_DESTROY_CQ, self.number, "a completion queue that queue pairs use")
             self.live = False
             self.context.children -= 1
             self.ring.free()
@@ -561,12 +553,9 @@ cdef class Qp:
 
     def close(self):
         """Destroy it; what was outstanding is lost."""
-        cdef rnic_command c
         if not self.live:
             return
-        memset(&c, 0, sizeof(c))
-        c.op, c.id = RNIC_DESTROY_QP, self.qp_num
-        self.pd.context.command(&c, "destroy a queue pair")
+        self.pd.context.destroy(RNIC_DESTROY_QP, self.qp_num, "a queue pair")
         self.live = False
         self.pd.context.children -= 1
         for queue in (self.send_cq, self.recv_cq):
