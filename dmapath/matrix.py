@@ -27,7 +27,7 @@ PAGE = 4096
 DISK = 1 << 20
 DRIVERS = ("nvme", "rblk")
 #: How rblk's memory comes to its keys: a key for each range of each request, one key for a window of the whole request, or
-#: ranges that stay registered. The first two as (mode, cache) of the registering back end.
+#: ranges that stay registered. Options of the registering back end.
 REGISTRATIONS: dict[str, dict[str, Any]] = {
     "request": {"mode": "per-range"},
     "window": {"mode": "linear"},

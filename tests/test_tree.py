@@ -112,7 +112,8 @@ HOT = {
     "drivers/nvme": ["pool_take", "pool_give", "map_request", "let_go", "describe_data", "describe_meta", "load", "issue",
                      "issue_more", "retire", "reap", "drive"],
     "drivers/rnic": ["run_command"],
-    "drivers/registered": ["register", "deregister", "unlink", "link_range", "take", "map_range", "unmap_range",
+    "drivers/registered": ["register", "deregister", "unlink", "link_range", "forget", "forget_oldest", "take",
+                           "map_range", "unmap_range",
                            "reg_try_alloc", "reg_link", "reg_link_gapped", "reg_sync", "reg_unlink", "reg_keys_of"],
     "hmm": ["hmm_dma_map_alloc", "hmm_dma_map_pfn", "hmm_dma_unmap_pfn"],
 }  # fmt: skip

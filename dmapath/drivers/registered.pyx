@@ -54,7 +54,7 @@ cdef struct state:
     uint64_t cache, idle_bytes, clock
     slot *slots
     lock lock
-    uint64_t registrations, deregistrations, hits, maps, unmaps, links, unlinks, syncs, allocs, frees, mapped
+    uint64_t registrations, deregistrations, hits, maps, unmaps, links, unlinks, syncs, allocs, frees
 
 
 cdef inline state *state_of(dma_device *dev) noexcept nogil:
@@ -102,7 +102,6 @@ cdef uint32_t unlink(state *s, slot *t, uint64_t at, uint64_t end, dma_data_dire
             kept += 1
         else:
             s.below.ops.unmap_phys(s.below, t.links[i].addr, t.links[i].size, dir, attrs)
-            s.mapped -= t.links[i].size
     i = t.nlinks - kept
     t.nlinks = kept
     return i
@@ -129,7 +128,6 @@ cdef int link_range(state *s, slot *t, phys_addr_t phys, uint64_t at, uint64_t s
     t.links[t.nlinks].addr, t.links[t.nlinks].at, t.links[t.nlinks].size = addr, at, size
     t.nlinks += 1
     t.dir = dir
-    s.mapped += size
     base = addr.v - addr.v % PAGE
     while page < end:
         t.table[page] = base
@@ -144,25 +142,38 @@ cdef void empty(state *s, slot *t, unsigned long attrs) noexcept nogil:
     t.state = FREE
 
 
-# a slot of nobody's: free, or the one that lies idle longest. Under the lock
-cdef slot *take(state *s) noexcept nogil:
+# what the cache keeps of a slot goes
+cdef void forget(state *s, slot *t) noexcept nogil:
+    s.idle_bytes -= t.size
+    empty(s, t, t.attrs | DMA_ATTR_SKIP_CPU_SYNC)
+
+
+# the slot that lies idle longest, emptied; NULL: none does
+cdef slot *forget_oldest(state *s) noexcept nogil:
     cdef slot *oldest = NULL
-    cdef slot *t
     cdef uint32_t i
     for i in range(s.nslots):
-        t = &s.slots[(s.next + i) % s.nslots]
-        if t.state == FREE:
-            s.next = (s.next + i + 1) % s.nslots
-            oldest = t
-            break
-        if t.state == IDLE and (oldest == NULL or t.used < oldest.used):
-            oldest = t
+        if s.slots[i].state == IDLE and (oldest == NULL or s.slots[i].used < oldest.used):
+            oldest = &s.slots[i]
     if oldest != NULL:
-        if oldest.state == IDLE:
-            s.idle_bytes -= oldest.size
-            empty(s, oldest, oldest.attrs | DMA_ATTR_SKIP_CPU_SYNC)
-        oldest.state, oldest.nlinks, oldest.key = USED, 0, 0
+        forget(s, oldest)
     return oldest
+
+
+# a slot of nobody's: free, or the one that lies idle longest. Under the lock
+cdef slot *take(state *s) noexcept nogil:
+    cdef slot *t = NULL
+    cdef uint32_t i
+    for i in range(s.nslots):
+        if s.slots[(s.next + i) % s.nslots].state == FREE:
+            t = &s.slots[(s.next + i) % s.nslots]
+            s.next = (s.next + i + 1) % s.nslots
+            break
+    if t == NULL:
+        t = forget_oldest(s)
+    if t != NULL:
+        t.state, t.nlinks, t.key = USED, 0, 0
+    return t
 
 
 cdef inline uint64_t address(state *s, slot *t, uint64_t low) noexcept nogil:
@@ -225,7 +236,6 @@ cdef int reg_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data
 
 cdef int unmap_range(state *s, uint64_t addr, uint64_t size, unsigned long attrs) noexcept nogil:
     cdef slot *t = slot_at(s, addr)
-    cdef slot *oldest
     if t == NULL or t.addr != addr or t.size != size:
         return -ENOENT
     s.unmaps += 1
@@ -238,12 +248,7 @@ cdef int unmap_range(state *s, uint64_t addr, uint64_t size, unsigned long attrs
     t.state, t.used = IDLE, s.clock
     s.idle_bytes += t.size
     while s.idle_bytes > s.cache:
-        oldest = NULL
-        for i in range(s.nslots):
-            if s.slots[i].state == IDLE and (oldest == NULL or s.slots[i].used < oldest.used):
-                oldest = &s.slots[i]
-        s.idle_bytes -= oldest.size
-        empty(s, oldest, oldest.attrs | DMA_ATTR_SKIP_CPU_SYNC)
+        forget_oldest(s)
     return 0
 
 
@@ -487,8 +492,7 @@ cdef class Registered:
         cdef uint32_t i
         for i in range(self.s.nslots):
             if self.s.slots[i].state == IDLE:
-                empty(&self.s, &self.s.slots[i], self.s.slots[i].attrs | DMA_ATTR_SKIP_CPU_SYNC)
-        self.s.idle_bytes = 0
+                forget(&self.s, &self.s.slots[i])
 
     def close(self):
         """Deregister what the cache holds and give the tables back. StateError while anything is mapped."""
