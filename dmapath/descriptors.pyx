@@ -8,6 +8,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
+from dmapath._nvme cimport NVME_SGL_DATA, NVME_SGL_LAST, nvme_sgl
 from dmapath.abi cimport dma_seg
 
 from dmapath.addr import DmaAddr, as_dma, as_length
@@ -19,13 +20,6 @@ cdef enum:
     SMALL_ENTRIES = 32    # of a list in 256 bytes
     SGL_SMALL = 16        # descriptors in 256 bytes
     SGL_LARGE = 256       # in a page
-    DATA = 0, LAST = 0x30
-
-cdef packed struct sgl_desc:
-    uint64_t addr
-    uint32_t len
-    uint8_t rsvd[3]
-    uint8_t type
 
 #: Why a form was picked: (rule, where it comes from, what it means), by the index in a form_choice.
 FORM_RULES = (
@@ -112,9 +106,9 @@ cdef int desc_pages(uint32_t form, const dma_seg *segs, uint32_t n, bint quirks,
     return <int>more if more <= LIST_PAGES else -E2BIG
 
 
-cdef inline void put(sgl_desc *d, uint64_t addr, uint64_t n, uint8_t kind) noexcept nogil:
-    memset(d, 0, sizeof(sgl_desc))
-    d.addr, d.len, d.type = addr, <uint32_t>n, kind
+cdef inline void put(nvme_sgl *d, uint64_t addr, uint64_t n, uint8_t kind) noexcept nogil:
+    memset(d, 0, sizeof(nvme_sgl))
+    d.addr, d.len, d.type = addr, <uint32_t>n, <uint8_t>(kind << 4)
 
 
 # each data page but the first into the list: the last entry of a full page links to the next
@@ -140,19 +134,19 @@ cdef void fill_list(const dma_seg *segs, uint32_t n, const desc_page *pages, uin
 
 # write what desc_pages found room for
 cdef void describe(uint32_t form, const dma_seg *segs, uint32_t n, const desc_page *pages, data_pointer *out) noexcept nogil:
-    cdef sgl_desc *d
+    cdef nvme_sgl *d
     cdef uint64_t more, first
     cdef uint32_t i
     out.entries = 0
     out.second = 0
     if form == FORM_SGL:
-        d = <sgl_desc *>&out.first
+        d = <nvme_sgl *>&out.first
         if n == 1:
-            put(d, segs[0].addr.v, segs[0].len, DATA)
+            put(d, segs[0].addr.v, segs[0].len, NVME_SGL_DATA)
             return
         for i in range(n):
-            put(<sgl_desc *>pages[0].host + i, segs[i].addr.v, segs[i].len, DATA)
-        put(d, pages[0].addr.v, n * sizeof(sgl_desc), LAST)
+            put(<nvme_sgl *>pages[0].host + i, segs[i].addr.v, segs[i].len, NVME_SGL_DATA)
+        put(d, pages[0].addr.v, n * sizeof(nvme_sgl), NVME_SGL_LAST)
         out.entries = n
         return
     out.first = segs[0].addr.v
@@ -170,17 +164,17 @@ cdef void describe(uint32_t form, const dma_seg *segs, uint32_t n, const desc_pa
 
 # metadata: one segment is MPTR itself (0); more are an SGL in 256 bytes behind MPTR (1), 15 at most (-E2BIG)
 cdef int describe_metadata(const dma_seg *segs, uint32_t n, const desc_page *page, uint64_t *mptr) noexcept nogil:
-    cdef sgl_desc *d
+    cdef nvme_sgl *d
     cdef uint32_t i
     if n == 1:
         mptr[0] = segs[0].addr.v
         return 0
     if n >= SGL_SMALL:
         return -E2BIG
-    d = <sgl_desc *>page.host
-    put(d, page.addr.v + sizeof(sgl_desc), n * sizeof(sgl_desc), LAST)
+    d = <nvme_sgl *>page.host
+    put(d, page.addr.v + sizeof(nvme_sgl), n * sizeof(nvme_sgl), NVME_SGL_LAST)
     for i in range(n):
-        put(d + i + 1, segs[i].addr.v, segs[i].len, DATA)
+        put(d + i + 1, segs[i].addr.v, segs[i].len, NVME_SGL_DATA)
     mptr[0] = page.addr.v
     return 1
 

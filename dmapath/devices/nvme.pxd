@@ -27,7 +27,6 @@ cdef extern from "nvme.h" nogil:
         nvme_error log[64]
         uint64_t nerrors, bad_doorbells, commands, bytes_in, bytes_out
         uint32_t fail_n, fail_status
-    void nvme_reset(nvme_ctrl *)
     uint64_t nvme_read_reg(void *, uint64_t, unsigned int)
     void nvme_write_reg(void *, uint64_t, unsigned int, uint64_t)
     int nvme_work(void *)

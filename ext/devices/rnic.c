@@ -151,8 +151,6 @@ static struct cursor cursor_of(const struct rnic_wqe *w)
 
 /* ---- completions ------------------------------------------------------------------------------------------------------------ */
 
-static void flush_queues(struct rnic *, uint32_t qpn);
-
 static void complete(struct rnic *h, uint32_t cqn, struct rnic_cqe e)
 {
     struct rnic_cq *q = &h->cq[cqn];
