@@ -28,11 +28,45 @@ static void connect_qp(struct rnic *h, struct flat *m, uint32_t qpn)
     }
 }
 
+/* Queue pair 1, on a completion queue of its own, connected. */
+static void make_qp(struct rnic *h, struct flat *m)
+{
+    struct rnic_command cq = { .op = RNIC_CREATE_CQ }, qp = { .op = RNIC_CREATE_QP };
+    cq.cq.addr = CQ;
+    cq.cq.entries = 64;
+    qp.qp.send_cq = qp.qp.recv_cq = command(h, m, cq);
+    qp.qp.rq = RECVS;
+    qp.qp.sq_entries = 8;
+    qp.qp.rq_entries = 4;
+    qp.qp.pd = 1;
+    must(command(h, m, qp) == 1, "a place that is free is given");
+    connect_qp(h, m, 1);
+}
+
+static uint32_t make_key(struct rnic *h, struct flat *m, uint64_t iova, uint64_t length, uint32_t access, uint32_t pages)
+{
+    struct rnic_command c = { .op = RNIC_CREATE_MKEY };
+    c.mkey.iova = iova;
+    c.mkey.length = length;
+    c.mkey.mtt = TABLE;
+    c.mkey.pd = 1;
+    c.mkey.access = access;
+    c.mkey.pages = pages;
+    return command(h, m, c);
+}
+
+static void good_table(struct flat *m)
+{
+    for (uint64_t page = 0; page < 8; page++) {
+        uint64_t at = 0x4000 + page * 4096;
+        memcpy(m->bytes + TABLE + page * 8, &at, 8);
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct flat m[2];
     struct rnic *h[2];
-    uint32_t key[2];
     if (size < 2 || size > CQ)
         return -1;
     for (int i = 0; i < 2; i++) {
@@ -44,28 +78,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     h[0]->peer = h[1];
     h[1]->peer = h[0];
     for (int i = 0; i < 2; i++) {
-        struct rnic_command cq = { .op = RNIC_CREATE_CQ }, qp = { .op = RNIC_CREATE_QP }, mr = { .op = RNIC_CREATE_MKEY };
-        cq.cq.addr = CQ;
-        cq.cq.entries = 64;
-        qp.qp.send_cq = qp.qp.recv_cq = command(h[i], &m[i], cq);
-        qp.qp.rq = RECVS;
-        qp.qp.sq_entries = 8;
-        qp.qp.rq_entries = 4;
-        qp.qp.pd = 1;
-        command(h[i], &m[i], qp);
-        mr.mkey.iova = 0x10200;
-        mr.mkey.length = 0x7000;
-        mr.mkey.mtt = TABLE;
-        mr.mkey.pd = 1;
-        mr.mkey.access = 15;
-        mr.mkey.pages = 8;
-        key[i] = command(h[i], &m[i], mr);
-        if (data[0] & 8) /* the table that the input chose, or a good one */
-            for (uint64_t page = 0; page < 8; page++) {
-                uint64_t at = 0x4000 + page * 4096;
-                memcpy(m[i].bytes + TABLE + page * 8, &at, 8);
-            }
-        connect_qp(h[i], &m[i], 1);
+        make_qp(h[i], &m[i]);
+        make_key(h[i], &m[i], 0x10200, 0x7000, 15, 8);
+        if (data[0] & 8) /* or the table that the input chose */
+            good_table(&m[i]);
     }
     uint8_t *before = malloc(FLAT);
     memcpy(before, m[1].bytes, FLAT);
@@ -90,30 +106,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         memcpy(m[i].bytes + PAGE_OF_COMMANDS, &gone, sizeof(gone));
         rnic_write_reg(h[i], RNIC_COMMAND, 8, PAGE_OF_COMMANDS);
         rnic_write_reg(h[i], RNIC_GO, 8, 1);
-        struct rnic_command cq = { .op = RNIC_CREATE_CQ }, qp = { .op = RNIC_CREATE_QP };
-        cq.cq.addr = CQ;
-        cq.cq.entries = 64;
-        qp.qp.send_cq = qp.qp.recv_cq = command(h[i], &m[i], cq);
-        qp.qp.rq = RECVS;
-        qp.qp.sq_entries = 8;
-        qp.qp.rq_entries = 4;
-        qp.qp.pd = 1;
-        must(command(h[i], &m[i], qp) == 1, "a place that is free is given");
-        connect_qp(h[i], &m[i], 1);
-        for (uint64_t page = 0; page < 8; page++) {
-            uint64_t at = 0x4000 + page * 4096;
-            memcpy(m[i].bytes + TABLE + page * 8, &at, 8);
-        }
+        make_qp(h[i], &m[i]);
+        good_table(&m[i]);
     }
-    struct rnic_command mr = { .op = RNIC_CREATE_MKEY };
-    mr.mkey.iova = 0;
-    mr.mkey.length = 0x1000;
-    mr.mkey.mtt = TABLE;
-    mr.mkey.pd = 1;
-    mr.mkey.access = 3;
-    mr.mkey.pages = 1;
-    key[1] = command(h[1], &m[1], mr);
-    struct rnic_wqe good = { .id = 5, .op = RNIC_WRITE, .flags = RNIC_SIGNALED, .nsge = 1, .rkey = key[1] };
+    uint32_t key = make_key(h[1], &m[1], 0, 0x1000, 3, 1);
+    struct rnic_wqe good = { .id = 5, .op = RNIC_WRITE, .flags = RNIC_SIGNALED, .nsge = 1, .rkey = key };
     good.sge[0] = (struct rnic_sge){ 0x5000, 16, 0 };
     memset(m[0].bytes + 0x5000, 0xa7, 16);
     must(rnic_execute(h[0], 1, &good) == RNIC_OK, "afterwards a good request succeeds");
