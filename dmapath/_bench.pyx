@@ -193,6 +193,11 @@ def dma_against_memcpy(Device dev not None, segments, pages, long rounds):
     cdef dma_fault fault
     cdef int rc = 0
     cdef long _round
+    if buf == NULL or segs == NULL or at == NULL:
+        free(buf)
+        free(segs)
+        free(at)
+        raise MemoryError("no memory for the run")
     for i in range(ns):
         segs[i].addr.v, segs[i].len = segments[i].addr, segments[i].length
     for i in range(np):

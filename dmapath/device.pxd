@@ -16,7 +16,9 @@ cdef class Device:
     cdef readonly Swiotlb swiotlb
     cdef readonly XenDomain xen
     cdef readonly object grants, pci
-    cdef list old_p2p
+    cdef void **old_p2p
+    cdef size_t nold
+    cdef bint unmap_early(self) noexcept
     cdef object tap  # a Tap while somebody observes
     cdef object config_
     cdef _limits(self)
@@ -45,8 +47,9 @@ cdef class CoherentBuffer:
     cdef dma_addr_t addr_
     cdef unsigned long long phys_
     cdef char *host
-    cdef object frames
+    cdef object frames, ram
     cdef bint live, pooled
+    cdef void let_go(self) noexcept
     cdef int views
     cdef make(self, Device device, size_t size)
     cdef tell(self, op)

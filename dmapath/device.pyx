@@ -11,7 +11,7 @@ cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport UINT32_MAX, UINT64_MAX, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 from dmapath._core cimport phys_mem_host, swiotlb_map, swiotlb_unmap, swiotlb_want
@@ -137,6 +137,7 @@ cdef class IovaState:
         return f"IovaState(addr={self.c.addr.v:#x}, size={self.size:#x}{'' if self.live else ', freed'})"
 
 
+@cython.no_gc_clear  # mappings are given back through it
 cdef class Device:
     """A DMA device: the limits of its hardware, stated once, and a back end to map on.
 
@@ -177,7 +178,6 @@ cdef class Device:
                   untrusted=False, max_segments=2**16 - 1, max_segment_size=None, seg_boundary_mask=2**64 - 1,
                   virt_boundary=0, dma_alignment=0, min_align_mask=0, dma_ranges=(), forcedac=False,
                   kernel_quirks=False, Swiotlb swiotlb=None, pci=None, XenDomain xen=None, grants=None, backend=None):
-        self.old_p2p = []
         self.config_ = dict(dma_mask=dma_mask, bus_dma_limit=bus_dma_limit, coherent=coherent, untrusted=untrusted,
                             max_segments=max_segments, max_segment_size=max_segment_size,
                             seg_boundary_mask=seg_boundary_mask, virt_boundary=virt_boundary,
@@ -249,11 +249,17 @@ cdef class Device:
 
     def refresh_peers(self):
         """Learn how this device reaches each BAR of its memory; PhysMemory calls it when one is added."""
-        peers = sorted(self.memory.peers, key=lambda bar: int(bar.phys()))
         cdef dma_p2p *table
+        cdef void **old
         cdef uint32_t i
+        peers = [] if self.memory is None else sorted(self.memory.peers, key=lambda bar: int(bar.phys()))
         if not peers:
             return
+        kinds = [DMA_P2P_NOT_SUPPORTED if self.pci is None else self.pci.reach(bar.function) for bar in peers]
+        old = <void **>realloc(self.old_p2p, (self.nold + 1) * sizeof(void *))
+        if old == NULL:
+            raise MemoryError("no memory for the peers")
+        self.old_p2p = old
         table = <dma_p2p *>calloc(1, sizeof(dma_p2p) + <size_t>len(peers) * sizeof(dma_p2p_range))
         if table == NULL:
             raise MemoryError("no memory for the peers")
@@ -262,16 +268,22 @@ cdef class Device:
             bar = peers[i]
             table.ranges[i].start.v, table.ranges[i].size = int(bar.phys()), bar.size
             table.ranges[i].bus_offset = bar.bus_offset
-            table.ranges[i].type = DMA_P2P_NOT_SUPPORTED if self.pci is None else self.pci.reach(bar.function)
-        self.old_p2p.append(<size_t>self.c.p2p)  # a driver may be reading it
+            table.ranges[i].type = kinds[i]
+        old[self.nold] = <void *>self.c.p2p  # a driver may be reading it
+        self.nold += 1
         self.c.p2p = table
 
     def __dealloc__(self):
-        cdef size_t old
+        cdef size_t i
         free(self.ranges_)
         free(<void *>self.c.p2p)
-        for old in self.old_p2p or ():
-            free(<void *>old)
+        for i in range(self.nold):
+            free(self.old_p2p[i])
+        free(self.old_p2p)
+
+    # whether what is mapped must be given back before the collector clears Python objects: their code runs at an unmap
+    cdef bint unmap_early(self) noexcept:
+        return self.tap is not None or not self.backend.native
 
     def __repr__(self):
         return f"Device({self.backend.name}{'' if self.iommu is None else ', ' + repr(self.iommu)})"
@@ -699,8 +711,8 @@ cdef class CoherentBuffer:
             self.pooled = True
         else:
             at = memory.free_run(size, limit if device.xen is None else 2**64 - 1)
-            self.frames = HostBuffer(mmap.mmap(-1, size), memory, layout="contiguous", phys=at,
-                                     uncached=not device.coherent)
+            self.ram = mmap.mmap(-1, size)  # as long as this object: views and devices' tables lie in it
+            self.frames = HostBuffer(self.ram, memory, layout="contiguous", phys=at, uncached=not device.coherent)
             if device.xen is not None:
                 device.xen.back_in_order(at, size, limit)
         self.phys_ = at
@@ -751,10 +763,8 @@ cdef class CoherentBuffer:
         """Unmap it and give the memory back (dma_free_coherent). StateError when done already or still viewed."""
         if not self.live or self.views:
             raise StateError("freed already" if not self.live else "a view of it is held", argument="self", value=self)
-        self.live = False
         self.tell("free_coherent")
-        self.device.backend.unmap_coherent(&self.device.c, self.addr_, self.size)
-        self.release()
+        self.let_go()
 
     def __enter__(self):
         return self
@@ -763,10 +773,18 @@ cdef class CoherentBuffer:
         if self.live:
             self.free()
 
+    def __del__(self):
+        if self.live and self.device.unmap_early():
+            self.let_go()
+
     def __dealloc__(self):
         if self.live:
-            self.device.backend.unmap_coherent(&self.device.c, self.addr_, self.size)
-            self.release()
+            self.let_go()
+
+    cdef void let_go(self) noexcept:
+        self.live = False
+        self.device.backend.unmap_coherent(&self.device.c, self.addr_, self.size)
+        self.release()
 
     def __repr__(self):
         return f"CoherentBuffer({self.size} bytes at {self.addr_.v:#x}{'' if self.live else ', freed'})"
@@ -872,7 +890,12 @@ cdef class Mapping:
             unmap(&self.device.c, &self.st)
 
     def __del__(self):
-        if self.live:
+        if not self.live:
+            return
+        if self.device.unmap_early():
+            self.live = False
+            unmap(&self.device.c, &self.st)
+        if warnings is not None:  # the interpreter is not at its end
             warnings.warn(f"a mapping of {self.request!r} was dropped without unmap", ResourceWarning, stacklevel=2)
 
     def sync_for_cpu(self):

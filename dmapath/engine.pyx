@@ -20,7 +20,7 @@ cdef class DmaEngine:
 
     cdef readonly Device device
 
-    def __init__(self, Device device not None):
+    def __cinit__(self, Device device not None):
         device.hardware()
         self.device = device
 

@@ -215,9 +215,12 @@ cdef class HmmMap:
 
     def free(self):
         """Unmap what is mapped and give the range back (hmm_dma_map_free)."""
-        cdef uint64_t i
         if not self.live:
             raise StateError("freed already", argument="self", value=self)
+        self.let_go()
+
+    cdef void let_go(self) noexcept:
+        cdef uint64_t i
         self.live = False
         with nogil:
             for i in range(self.map.nr):
@@ -231,9 +234,13 @@ cdef class HmmMap:
         if self.live:
             self.free()
 
+    def __del__(self):
+        if self.live and self.device.unmap_early():
+            self.let_go()
+
     def __dealloc__(self):
         if self.live:
-            self.free()
+            self.let_go()
 
 
 class OdpRegion:

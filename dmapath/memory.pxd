@@ -17,9 +17,11 @@ cdef class PhysMemory:
     cdef uint64_t next_synthetic
     cdef readonly list peers  # Bars of this machine
     cdef list tags
+    cdef dict borrowed  # physical address -> another machine's memory that is there
     cdef object moving  # one migration at a time
     cdef readonly object watchers, notifiers  # devices that reach them; who must know when pages move
     cdef object __weakref__
     cdef _place(self, uint64_t base, seed)
     cdef int add_frame(self, uint64_t phys, void *host, bint uncached=*) noexcept
     cdef void remove_frames(self, list frames)
+    cdef void remove_run(self, uint64_t phys, uint64_t n) noexcept nogil

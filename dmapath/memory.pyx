@@ -29,6 +29,9 @@ from dmapath.errors import (
     DmaValueError, NoMemoryError, NotSupportedError, PermissionDeniedError, StateError, error_for,
 )
 
+cdef extern from "<unistd.h>" nogil:
+    int close_fd "close"(int)
+
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *, size_t, int, int, int, long)
     int munmap(void *, size_t)
@@ -64,6 +67,7 @@ def _runs(frames, offset, length, unit):
     return [(PhysAddr(at), n) for at, n in out]
 
 
+@cython.no_gc_clear  # devices and pools reach its frames until they are gone
 cdef class PhysMemory:
     """A machine's physical memory: an arena on a memfd, and whatever HostBuffers are added to it.
 
@@ -84,12 +88,12 @@ cdef class PhysMemory:
     """
 
     def __cinit__(self, size=1 << 24, *, layout="contiguous", base=1 << 32, seed=0, backing="4k"):
+        self.fd = -1  # before anything can fail: __dealloc__ closes what is not negative
         if layout not in _LAYOUTS:
             raise DmaValueError("contiguous, scattered or huge", argument="layout", value=layout)
         if backing not in ("4k", "2m") or (backing == "2m" and layout == "scattered"):
             raise DmaValueError("4k, or 2m with pages that lie whole (layout contiguous or huge)", argument="backing",
                                 value=backing)
-        self.fd = -1
         self.page_size = 1 << 21 if layout == "huge" else PAGE
         self.backing_page = 1 << 21 if backing == "2m" else PAGE
         cdef size_t unit = max(self.page_size, self.backing_page)
@@ -109,6 +113,7 @@ cdef class PhysMemory:
                             "(sysctl vm.nr_hugepages)"), "size", self.size)
         self.arena = <char *>at
         self.next_synthetic = 1 << 50
+        self.borrowed = {}
         self.peers, self.tags, self.watchers, self.notifiers = [], [], weakref.WeakSet(), weakref.WeakSet()
         self.moving = threading.Lock()
         self._place(base, seed)
@@ -133,19 +138,22 @@ cdef class PhysMemory:
         return phys_mem_add(self.mem, phys, host, uncached)
 
     cdef void remove_frames(self, list frames):
-        cdef size_t i, n = len(frames)
-        cdef uint64_t *plain = <uint64_t *>calloc(n + 1, sizeof(uint64_t))
+        cdef uint64_t frame
+        for frame in frames:
+            phys_mem_remove(self.mem, &frame, 1)
+
+    # `n` frames side by side; needs neither memory nor the interpreter
+    cdef void remove_run(self, uint64_t phys, uint64_t n) noexcept nogil:
+        cdef uint64_t i, frame
         for i in range(n):
-            plain[i] = frames[i]
-        with nogil:
-            phys_mem_remove(self.mem, plain, n)
-        free(plain)
+            frame = phys + i * 4096
+            phys_mem_remove(self.mem, &frame, 1)
 
     def __dealloc__(self):
         if self.arena != NULL:
             munmap(self.arena, self.size)
         if self.fd >= 0:
-            os.close(self.fd)
+            close_fd(self.fd)
         if self.mem != NULL:
             phys_mem_destroy(self.mem)
             free(self.mem)
@@ -376,6 +384,8 @@ cdef class HostBuffer:
     cdef readonly PhysMemory memory
     cdef readonly str layout
     cdef object frames_
+    cdef uint64_t *added  # the same, where the collector cannot empty them
+    cdef size_t nadded
     cdef size_t offset
 
     def __cinit__(self, obj, PhysMemory memory not None, *, layout="scattered", seed=0, writable=True, phys=None,
@@ -398,6 +408,9 @@ cdef class HostBuffer:
             frames = _synthetic(memory, n, layout, seed)
         cdef uint64_t frame
         cdef int rc
+        self.added = <uint64_t *>calloc(n, sizeof(uint64_t))
+        if self.added == NULL:
+            raise MemoryError("no memory for the frames")
         for i, frame in enumerate(frames):
             rc = phys_mem_add(memory.mem, frame, <char *>start - self.offset + <size_t>i * 4096, uncached)
             if rc:
@@ -405,9 +418,20 @@ cdef class HostBuffer:
                 raise error_for(-rc, _REFUSALS.get(rc, "no memory for the map"), "layout" if phys is None else "phys",
                                 layout if phys is None else phys)
             self.frames_.append(frame)
+            self.added[self.nadded] = frame
+            self.nadded += 1
 
     def __dealloc__(self):
-        self.close()
+        self.let_go()
+        free(self.added)
+
+    cdef void let_go(self) noexcept:
+        if not self.held:
+            return
+        self.held = False
+        phys_mem_remove(self.memory.mem, self.added, self.nadded)
+        self.nadded = 0
+        PyBuffer_Release(&self.view)
 
     def __enter__(self):
         return self
@@ -420,11 +444,7 @@ cdef class HostBuffer:
 
     def close(self):
         """Take the pages out of the memory and let go of the buffer. A device that still has them mapped faults."""
-        if not self.held:
-            return
-        self.memory.remove_frames(self.frames_)
-        self.held = False
-        PyBuffer_Release(&self.view)
+        self.let_go()
 
     def vecs(self, offset=0, length=None):
         """Physically contiguous runs of the buffer: list of (PhysAddr, bytes)."""

@@ -72,7 +72,7 @@ cdef class Mmio:
     cdef const dma_mmio *regs
     cdef object hardware
 
-    def __init__(self, hardware):
+    def __cinit__(self, hardware):
         self.hardware, self.regs = hardware, registers_of(hardware, "hardware")
 
     cdef uint64_t place(self, offset, int width) except? 0:

@@ -1,4 +1,6 @@
 # cython: language_level=3
+from libc.stdint cimport uint64_t
+
 from dmapath._core cimport swiotlb_pool
 from dmapath.memory cimport PhysMemory
 
@@ -11,4 +13,4 @@ cdef class Swiotlb:
     cdef readonly object base
     cdef readonly bint force, dynamic, restricted
     cdef bint ready
-    cdef list frames_
+    cdef uint64_t start, nframes  # of the memory's frames that are the pool's

@@ -55,7 +55,6 @@ cdef class Swiotlb:
             raise DmaValueError("a multiple of 256 KiB, below 2**52", argument="base", value=base)
         self.memory, self.slots, self.areas, self.base, self.force = memory, slots, areas, base, force
         self.dynamic, self.restricted = dynamic, restricted
-        self.frames_ = []
         cdef char *host = <char *>aligned_alloc(4096, slots * TLB_SIZE)
         if host == NULL or swiotlb_init(&self.pool, base, host, slots, areas, force or restricted):
             free(host)
@@ -65,16 +64,17 @@ cdef class Swiotlb:
         self.pool.dynamic = dynamic
         if memory is None:
             return
+        self.start = base
         self.pool.mem = memory.mem
         for i in range(slots * TLB_SIZE // 4096):
             rc = memory.add_frame(<uint64_t>base + i * 4096, host + i * 4096)
             if rc:
                 raise error_for(-rc, "the machine has memory there already, or none is left for the map", "base", base)
-            self.frames_.append(base + i * 4096)
+            self.nframes += 1
 
     def __dealloc__(self):
-        if self.frames_:
-            self.memory.remove_frames(self.frames_)
+        if self.nframes:
+            self.memory.remove_run(self.start, self.nframes)
         if self.ready:
             swiotlb_destroy(&self.pool)
 

@@ -15,6 +15,7 @@ import os
 import sys
 from types import SimpleNamespace
 
+cimport cython
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -99,6 +100,7 @@ cdef void complain(object observer, object error):
                                        err_msg="Exception ignored in an observer", object=observer))
 
 
+@cython.no_gc_clear  # a device calls through its table
 cdef class Tap:
     """The table between; made and dropped by ``Device.attach`` and ``Device.detach``."""
 

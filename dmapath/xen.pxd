@@ -14,4 +14,5 @@ cdef class XenDomain:
     cdef object next_machine_, low_
     cdef dict foreign_
     cdef attach(self, dma_device *dev)
+    cdef void forget(self, uint64_t phys, uint64_t size) noexcept nogil
     cdef _set(self, uint64_t phys, uint64_t machine, bint foreign)

@@ -12,6 +12,7 @@ from dmapath._core cimport (
 )
 from dmapath.abi cimport dma_device
 from dmapath.memory cimport PhysMemory
+from dmapath.swiotlb cimport Swiotlb
 
 from dmapath.addr import PhysAddr, as_length, as_phys
 from dmapath.errors import DmaValueError, StateError, error_for
@@ -40,7 +41,8 @@ cdef class XenDomain:
         ARM's rule: other domains' pages bounce for devices that are not coherent.
     """
 
-    def __cinit__(self, PhysMemory memory not None, *, pool=None, layout="scattered", base=1 << 40, seed=0, arm=False):
+    def __cinit__(self, PhysMemory memory not None, *, Swiotlb pool=None, layout="scattered", base=1 << 40, seed=0,
+                  arm=False):
         if layout not in ("scattered", "contiguous"):
             raise DmaValueError("scattered or contiguous", argument="layout", value=layout)
         if as_phys(base, "base") & (PAGE - 1) or not base:
@@ -99,10 +101,11 @@ cdef class XenDomain:
         for i in range(0, size, PAGE):
             self._set(phys + i, top + i, False)
 
-    def forget(self, phys, size):
-        """Take the backing of pages away that are gone."""
-        for i in range(0, size, PAGE):
-            xen_clear(&self.c, phys + i)
+    # take the backing of pages away that are gone
+    cdef void forget(self, uint64_t phys, uint64_t size) noexcept nogil:
+        cdef uint64_t i
+        for i in range(size // 4096):
+            xen_clear(&self.c, phys + i * 4096)
 
     def machine(self, phys):
         """The machine address behind a physical one, or None (phys_to_mach)."""
@@ -143,6 +146,7 @@ cdef class XenDomain:
             xen_clear(&self.c, at)
             raise MemoryError("no memory for a physical memory map")
         self.foreign_[at] = other
+        self.memory.borrowed[at] = other.memory
 
     def unmap_foreign(self, phys):
         """Undo map_foreign; the page is ballooned out again. EINVAL where no foreign page is (clear_foreign_p2m_mapping)."""
@@ -152,7 +156,7 @@ cdef class XenDomain:
                                 value=phys)
         xen_clear(&self.c, at)
         self.memory.remove_frames([at])
-        del self.foreign_[at]
+        del self.foreign_[at], self.memory.borrowed[at]
 
     def _page(self, phys):
         at = as_phys(phys)

@@ -1,5 +1,6 @@
 # cython: language_level=3
 """What a backend is to a Device: an ops table, and counters to read."""
+cimport cython
 from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.stdint cimport uint64_t
 
@@ -59,6 +60,7 @@ def carries_ops(owner):
     return PyCapsule_IsValid(getattr(owner, "dma_ops", owner), DMAPATH_OPS_CAPSULE) != 0
 
 
+@cython.no_gc_clear  # mappings are given back through it
 cdef class CapsuleBackend(Backend):
     """A backend from elsewhere: a capsule "dmapath.ops.v1" that holds a ``struct dma_ops *``.
 

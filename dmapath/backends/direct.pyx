@@ -5,6 +5,7 @@ where Xen lies below.
 Mirrors kernel/dma/direct.c and drivers/xen/swiotlb-xen.c of Linux 7.3: what the device cannot use where it is bounces, if
 there is a pool.
 """
+cimport cython
 from libc.errno cimport EFAULT, EINVAL, EIO, ENOMEM, EOPNOTSUPP, EREMOTEIO
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 
@@ -304,6 +305,7 @@ cdef dma_bus_ops direct_bus
 direct_bus.access = direct_access
 
 
+@cython.no_gc_clear  # mappings are given back through it
 cdef class DirectBackend(Backend):
     """No IOMMU, an IOMMU in passthrough, or Xen's own bounce pool (swiotlb-xen)."""
 
@@ -319,7 +321,7 @@ cdef class DirectBackend(Backend):
                        sync_for_device=direct_sync_for_device, merge_boundary=NULL, need_unmap=direct_need_unmap,
                        is_bounced=direct_is_bounced, keys_of=NULL)
         dma_ops_init(&self.ops, &mine)
-        self.xen = xen
+        self.xen, self.native = xen, True
         if xen is not None:
             self.priv.xen = &xen.c
 

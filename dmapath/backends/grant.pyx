@@ -226,6 +226,7 @@ cdef class GrantTable:
         self.t.e[ref].held += by
 
 
+@cython.no_gc_clear  # mappings are given back through it
 cdef class GrantBackend(Backend):
     """Xen grant DMA: DMA address = bit 63 | grant reference << 12 | offset. No bounce, no sync, no merging."""
 
@@ -240,7 +241,7 @@ cdef class GrantBackend(Backend):
                        unmap_sg=grant_unmap_sg, sync_for_cpu=NULL, sync_for_device=NULL, merge_boundary=NULL,
                        need_unmap=NULL, is_bounced=NULL, keys_of=NULL)
         dma_ops_init(&self.ops, &mine)
-        self.table = table
+        self.table, self.native = table, True
 
     cdef int attach(self, dma_device *dev) except -1:
         if dev.dma_mask != UINT64_MAX:

@@ -678,6 +678,7 @@ cdef uint64_t as_iova_or_dma(value) except? 0xffffffffffffffff:
     return <uint64_t>int(value) if isinstance(value, DmaAddr) else <uint64_t>as_iova(value)
 
 
+@cython.no_gc_clear  # its domains free themselves through it
 cdef class Iommu:
     """A simulated IOMMU: one IOTLB with its walk caches, and a domain for each device behind it.
 
@@ -802,11 +803,11 @@ cdef class IommuDomain(Backend):
     cdef readonly str mode
     name = "iommu"
 
-    def __cinit__(self, Iommu iommu, *, untrusted=False, reserved=()):
+    def __cinit__(self, Iommu iommu not None, *, untrusted=False, reserved=()):
         cdef iommu_domain_config cfg
         # a group with an untrusted device is strict whatever the default says (iommu_get_def_domain_type)
         self.mode = "strict" if untrusted else iommu.mode
-        self.iommu = iommu
+        self.iommu, self.native = iommu, True
         cfg.page_sizes = sum(iommu.page_sizes)
         cfg.aperture_first, cfg.aperture_last = iommu.aperture
         cfg.ncpu = iommu.cpus

@@ -24,6 +24,7 @@ a DmaError, whose errno the caller sees. Addresses and sizes are plain integers 
 """
 import sys
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EIO
 from libc.stdint cimport UINT64_MAX, uint64_t
@@ -171,6 +172,7 @@ cdef dma_bus_ops py_bus
 py_bus.access = py_access
 
 
+@cython.no_gc_clear  # mappings are given back through it
 cdef class PythonBackend(Backend):
     """One device's back end whose ops are a Python object's methods."""
 

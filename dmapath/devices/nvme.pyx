@@ -7,6 +7,7 @@ import mmap
 import os
 from dataclasses import dataclass
 
+cimport cython
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -40,6 +41,7 @@ class NvmeErrorEntry:
         return status_name(self.status)
 
 
+@cython.no_gc_clear  # a driver stops it when it goes
 cdef class NvmeController:
     """A controller whose blocks are in memory, in a buffer of yours, or in a file.
 

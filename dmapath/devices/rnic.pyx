@@ -6,6 +6,7 @@ The device itself is C (ext/devices/rnic.c), so that a fuzzer reaches it; this m
 """
 import weakref
 
+cimport cython
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdlib cimport calloc, free
 
@@ -15,6 +16,7 @@ from dmapath.device cimport Device
 from dmapath.errors import StateError
 
 
+@cython.no_gc_clear  # what drives it gives its keys back through it
 cdef class Rnic:
     """An HCA. ``attach`` it to a Device, ``connect`` it to another (or to itself)."""
 

@@ -344,8 +344,10 @@ cdef class Io:
     cdef readonly list requests
     cdef Nvme driver
 
-    def __init__(self):
-        raise TypeError("made by Nvme.submit")
+    def __cinit__(self, Nvme driver=None):
+        if driver is None:
+            raise TypeError("made by Nvme.submit")
+        self.driver = driver
 
     def __dealloc__(self):
         free(self.list_.reqs)
@@ -541,14 +543,14 @@ cdef class Nvme:
     def submit(self, requests):
         """Hand over a Bio, a Request, or an iterable of them; an Io, which may be done later. Bios are split as the block
         layer splits them; a Request must fit one command already."""
-        cdef Io io = Io.__new__(Io)
+        cdef Io io = Io.__new__(Io, self)
         cdef io_req *r
         cdef uint32_t i
         cdef Mappable part
         self.must_be_up()
         whole = [requests] if isinstance(requests, Mappable) else requests
         parts = [p for request in whole for p in self._parts(request)]
-        io.driver, io.requests = self, parts
+        io.requests = parts
         io.list_.n = len(parts)
         io.list_.reqs = <io_req *>calloc(max(1, io.list_.n), sizeof(io_req))
         if io.list_.reqs == NULL:
@@ -668,8 +670,8 @@ cdef class Nvme:
 
     # one command that is no read or write
     cdef Io one(self, uint8_t opcode, uint64_t lba, uint32_t blocks, Bio data):
-        cdef Io io = Io.__new__(Io)
-        io.driver, io.requests, io.list_.n = self, [data], 1
+        cdef Io io = Io.__new__(Io, self)
+        io.requests, io.list_.n = [data], 1
         io.list_.reqs = <io_req *>calloc(1, sizeof(io_req))
         if io.list_.reqs == NULL:
             raise MemoryError("no memory for the command")
@@ -763,9 +765,11 @@ cdef class Nvme:
         elif self.up:
             self.stop()
 
-    def __dealloc__(self):
-        if self.up:
+    def __del__(self):
+        if self.up:  # while all that it reaches is whole
             self.silence()
+
+    def __dealloc__(self):
         free(self.q.slots)
         free(self.q.cids)
         free(self.q.again)

@@ -91,6 +91,7 @@ cdef class Context:
             self.close()
 
 
+@cython.no_gc_clear  # keys are given back through it
 cdef class Pd:
     """A protection domain: keys and queue pairs of one go together."""
 
