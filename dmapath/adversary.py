@@ -1,7 +1,8 @@
 """A back end that does everything the DMA API allows and no driver expects: for tests of drivers.
 
 * Every byte bounces: the device works on a copy, and the CPU sees what it wrote only after a sync or an unmap.
-* DMA addresses are random, unlike the physical ones, and never come twice; only the bits that the device asked for are kept.
+* DMA addresses are random, unlike the physical ones, and do not come again for thousands of mappings; only the bits that the
+  device asked for are kept, and its segment boundary.
 * An IOVA range is sometimes refused, so drivers see both layouts; segments are cut at odd places.
 * A link can be used only after its sync. What was unmapped faults for good, and its copy is poisoned.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import bisect
 import errno as _errno
 import random
+from collections import deque
 from typing import Any
 
 from dmapath.device import ATTRS, Device
@@ -20,6 +22,7 @@ __all__ = ["Adversary"]
 
 GRANULE = 4096
 POISON = 0x6B
+QUARANTINE = 4096  # released ranges whose addresses are not given again
 _SKIP = ATTRS["skip_cpu_sync"]
 
 
@@ -28,7 +31,8 @@ class Window:
 
     def __init__(self, addr: int, phys: int, data: bytes, direction: str, visible: bool) -> None:
         self.addr, self.phys, self.dir, self.visible = addr, phys, direction, visible
-        self.data, self.before = bytearray(data), bytes(data)
+        self.data = bytearray(data)
+        self.written = bytearray(len(data))  # 1: the device wrote that byte, and the CPU has not been given it yet
 
     @property
     def end(self) -> int:
@@ -55,8 +59,10 @@ class Adversary:
         self._starts: list[int] = []
         self._ranges: dict[int, int] = {}
         self._coherent: dict[int, tuple[int, int]] = {}  # address -> (phys, size): memory that both sides share
-        self._used: set[int] = set()
-        self._gone: set[int] = set()
+        self._used: set[int] = set()  # pages of what is mapped and of what was, lately
+        self._gone: set[int] = set()  # of what was
+        self._spans: dict[int, range] = {}  # address that was given -> its pages
+        self._released: deque[range] = deque()
         self._counts = dict.fromkeys(("maps", "unmaps", "links", "syncs", "unlinks", "iova_allocs", "iova_frees", "bounces",
                                       "bounced_bytes", "faults"), 0)  # fmt: skip
 
@@ -71,17 +77,24 @@ class Adversary:
             device.narrow(cut // unit * unit)
         self._keep = device.min_align_mask | device.dma_alignment | device.virt_boundary
         self._top = min(device.dma_mask, device.bus_dma_limit or device.dma_mask, 2**62 - 1)
+        self._boundary = device.seg_boundary_mask
 
     # ---- addresses
 
     def _address(self, size: int, low: int, mask: int) -> int:
         """A fresh place for ``size`` bytes whose bits under ``mask`` are those of ``low``."""
         pages = (size + 2 * GRANULE) // GRANULE
-        for _ in range(1000):
+        whole = size - 1 <= self._boundary  # what is longer than a boundary apart crosses one anyhow
+        for attempt in range(1000):
             page = self._random.randrange(1, max(2, self._top // GRANULE - pages))
+            free = self._random.randrange(GRANULE) & ~7 & ~mask if attempt % 8 != 7 else 0
+            addr = page * GRANULE | (low & mask) | free
+            if whole and addr | self._boundary != addr + size - 1 | self._boundary:
+                continue
             if not any(page + i in self._used for i in range(-1, pages + 1)):
-                self._used.update(range(page, page + pages))
-                return page * GRANULE | (low & mask) | (self._random.randrange(GRANULE) & ~7 & ~mask)
+                self._spans[addr] = range(page, page + pages)
+                self._used.update(self._spans[addr])
+                return addr
         raise error_for(_errno.ENOMEM, "no address is left under the mask", "size", size)
 
     def _add(self, window: Window) -> None:
@@ -99,17 +112,23 @@ class Adversary:
         self._gone.update(range(window.addr // GRANULE, (window.end - 1) // GRANULE + 1))
         window.data[:] = bytes([POISON]) * len(window.data)
 
+    def _free(self, addr: int) -> None:
+        """An address goes back; after many others its pages may be given again."""
+        self._released.append(self._spans.pop(addr))
+        if len(self._released) > QUARANTINE:
+            oldest = self._released.popleft()
+            self._used.difference_update(oldest)
+            self._gone.difference_update(oldest)
+
     def _copy_back(self, window: Window, first: int, end: int) -> None:
-        """Give the CPU what the device changed, and nothing else."""
-        run = None
-        for i in range(first, end + 1):
-            changed = i < end and window.data[i] != window.before[i]
-            if changed and run is None:
-                run = i
-            elif not changed and run is not None:
-                self._memory.write(window.phys + run, bytes(window.data[run:i]))
-                run = None
-        window.before = bytes(window.data)
+        """Give the CPU what the device wrote, and nothing else."""
+        at = window.written.find(1, first, end)
+        while at >= 0:
+            stop = window.written.find(0, at, end)
+            stop = end if stop < 0 else stop
+            self._memory.write(window.phys + at, bytes(window.data[at:stop]))
+            at = window.written.find(1, stop, end)
+        window.written[first:end] = bytes(end - first)
 
     def _at(self, addr: int) -> Window | None:
         i = bisect.bisect_right(self._starts, addr) - 1
@@ -142,12 +161,14 @@ class Adversary:
         """dma_unmap_phys, or the end of coherent memory."""
         if self._coherent.get(addr, (0, 0))[1] == size:
             del self._coherent[addr]
-            self._gone.update(range(addr // GRANULE, (addr + size - 1) // GRANULE + 1))
+            self._gone.update(self._spans[addr])
+            self._free(addr)
             return
         window = self._at(addr)
         if window is None or window.addr != addr or len(window.data) != size:
             raise error_for(_errno.ENOENT, "that was not mapped, or with another size", "addr", addr)
         self._remove(window, back=not attrs & _SKIP)
+        self._free(addr)
         self._counts["unmaps"] += 1
 
     # ---- two steps
@@ -198,6 +219,7 @@ class Adversary:
         """dma_iova_free."""
         if self._ranges.pop(state[0], None) is None:
             raise error_for(_errno.ENOENT, "that was not allocated", "state", state)
+        self._free(state[0])
         self._counts["iova_frees"] += 1
 
     # ---- syncs, and the device's side
@@ -224,9 +246,9 @@ class Adversary:
     def sync_for_device(self, addr: int, size: int, dir: str) -> None:
         """dma_sync_single_for_device."""
         for window, first, end in self._parts(addr, size):
-            # of what only the device writes too: what it leaves alone must come back as the CPU has it now
-            window.data[first:end] = self._memory.read(window.phys + first, end - first)
-            window.before = bytes(window.data)
+            if window.dir != "from_device":  # what only the device writes stays (swiotlb_sync_single_for_device)
+                window.data[first:end] = self._memory.read(window.phys + first, end - first)
+                window.written[first:end] = bytes(end - first)
 
     def _usable(self, window: Window, write: bool, at: int, done: int) -> None:
         reason = ""
@@ -266,6 +288,7 @@ class Adversary:
         for window, first, end in self._parts(addr, len(data)):
             self._usable(window, True, addr + done, done)
             window.data[first:end] = data[done : done + end - first]
+            window.written[first:end] = b"\1" * (end - first)
             done += end - first
 
     def counters(self) -> dict[str, int]:
