@@ -21,6 +21,7 @@ cdef extern from "util.h" nogil:
     void *core_alloc(fail_point *, size_t)
     void count(counters *, int, uint64_t)
     void add_atomic(uint64_t *, uint64_t)
+    uint64_t below_top(uint64_t first, uint64_t size)
     uint64_t counter_read(const counters *, unsigned)
 
 cdef extern from "mem.h" nogil:
@@ -131,10 +132,11 @@ cdef extern from "domain.h" nogil:
     uint64_t dom_off(const iommu_domain *, uint64_t)
     uint64_t dom_up(const iommu_domain *, uint64_t)
     uint64_t dom_alloc_iova(iommu_domain *, dma_device *, uint64_t size)
+    uint64_t dom_alloc_iova_at(iommu_domain *, dma_device *, uint64_t size, uint64_t off)
     void dom_free_iova(iommu_domain *, uint64_t iova, uint64_t size)
     int dom_map(iommu_domain *, pgt_walk *, uint64_t iova, uint64_t phys, uint64_t size, unsigned prot)
-    int dom_link_vec(iommu_domain *, uint64_t iova, uint64_t end, const phys_vec *, uint32_t n, unsigned prot)
-    int dom_link_gapped(iommu_domain *, uint64_t iova, uint64_t end, const phys_vec *, uint32_t n, unsigned prot)
+    int dom_link_vec(iommu_domain *, uint64_t iova, uint64_t room, const phys_vec *, uint32_t n, unsigned prot)
+    int dom_link_gapped(iommu_domain *, uint64_t iova, uint64_t room, const phys_vec *, uint32_t n, unsigned prot)
     void dom_attach(iommu_domain *, const dma_device *)
     void dom_record(iommu_domain *, bint on)
     bint dom_link_page(iommu_domain *, const dma_iova_state *, uint64_t phys, uint64_t offset, uint64_t size, unsigned prot)
@@ -142,6 +144,10 @@ cdef extern from "domain.h" nogil:
     uint64_t dom_unmap_free(iommu_domain *, uint64_t iova, uint64_t size)
     void dom_sync_map(iommu_domain *, uint64_t iova, uint64_t size)
     uint64_t dom_iova_to_phys(iommu_domain *, uint64_t iova)
+    struct translation:
+        uint64_t phys, left
+        unsigned prot
+    bint dom_translate(iommu_domain *, uint64_t iova, translation *)
     void dom_flush_begin(iommu_domain *)
     void dom_flush_end(iommu_domain *)
     void dom_flush_queues(iommu_domain *)

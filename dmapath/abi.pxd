@@ -33,6 +33,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
     phys_addr_t phys_addr(uint64_t)
     dma_addr_t dma_addr(uint64_t)
     iova_t iova_addr(uint64_t)
+    bint dma_range_wraps(uint64_t first, uint64_t size)
 
     enum dma_data_direction:
         DMA_BIDIRECTIONAL

@@ -134,10 +134,10 @@ class Adversary:
         i = bisect.bisect_right(self._starts, addr) - 1
         return self._windows[i] if i >= 0 and addr < self._windows[i].end else None
 
-    def _window(self, phys: int, size: int, addr: int, direction: str, visible: bool) -> Window:
+    def _window(self, phys: int, data: bytes, addr: int, direction: str, visible: bool) -> Window:
         if direction == "none":
             raise DmaValueError("a direction", argument="dir", value=direction)
-        window = Window(addr, phys, self._memory.read(phys, size), direction, visible)
+        window = Window(addr, phys, data, direction, visible)
         self._add(window)
         return window
 
@@ -147,7 +147,8 @@ class Adversary:
         """dma_map_phys."""
         if attrs & ATTRS["require_coherent"]:
             raise error_for(_errno.EOPNOTSUPP, "everything bounces here, so nothing is coherent", "attrs", attrs)
-        window = self._window(phys, size, self._address(size, phys, self._keep), dir, True)
+        data = self._memory.read(phys, size)  # what is no memory is refused before it is given an address
+        window = self._window(phys, data, self._address(size, phys, self._keep), dir, True)
         self._counts["maps"] += 1
         return window.addr
 
@@ -175,7 +176,7 @@ class Adversary:
 
     def iova_try_alloc(self, phys: int, size: int) -> int | None:
         """dma_iova_try_alloc."""
-        if not size or self._random.random() < self._refuse:
+        if not size or size > self._memory.frames or self._random.random() < self._refuse:
             return None
         addr = self._address(size + GRANULE, phys, GRANULE - 1)
         self._ranges[addr] = size
@@ -195,7 +196,7 @@ class Adversary:
             raise error_for(_errno.ERANGE, "outside the allocation", "size", size)
         if any(self._at(a) is not None for a in (addr, addr + size - 1)):
             raise error_for(_errno.EADDRINUSE, "linked already", "offset", offset)
-        self._window(phys, size, addr, dir, False)
+        self._window(phys, self._memory.read(phys, size), addr, dir, False)
         self._counts["links"] += 1
 
     def iova_sync(self, state: tuple[int, int], offset: int, size: int) -> None:

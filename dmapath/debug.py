@@ -506,7 +506,7 @@ class DmaDebug:
     # ---- the device's side
 
     def _before_access(self, call: Any) -> None:
-        if call.addr == _ERROR:
+        if call.addr == _ERROR and self._holding(call.addr) is None:
             self._tell("unmap-error", "the device was given the address of a mapping that failed", call.where,
                        made=self._failed[-1] if self._failed else None)  # fmt: skip
             return

@@ -68,7 +68,7 @@ cdef form_choice nvme_form(const dma_seg *segs, uint32_t n, uint32_t physical, u
             out.form, out.why = FORM_SGL, ONE_PIECE
         else:
             out.why = TWO_ENTRIES
-    elif threshold and total + n - 1 >= threshold * n:
+    elif threshold and (total + n - 1) // n >= threshold:
         out.form, out.why = FORM_SGL, THRESHOLD
     else:
         out.why = BELOW
@@ -114,13 +114,16 @@ cdef inline void put(nvme_sgl *d, uint64_t addr, uint64_t n, uint8_t kind) noexc
 # each data page but the first into the list: the last entry of a full page links to the next
 cdef void fill_list(const dma_seg *segs, uint32_t n, const desc_page *pages, uint64_t more) noexcept nogil:
     cdef uint64_t *list_ = <uint64_t *>pages[0].host
-    cdef uint64_t at, end
+    cdef uint64_t at, pages_left
     cdef uint32_t i, k = 0, page = 0
     for i in range(n):
-        at, end = segs[i].addr.v & ~<uint64_t>(PAGE - 1), segs[i].addr.v + segs[i].len
+        at, pages_left = segs[i].addr.v & ~<uint64_t>(PAGE - 1), prp_more(&segs[i], 1)
         if i == 0:
             at += PAGE
-        while at < end:
+        else:
+            pages_left += 1
+        while pages_left:
+            pages_left -= 1
             if k == ENTRIES - 1 and more > 1:
                 page += 1
                 list_[k] = pages[page].addr.v
@@ -155,7 +158,7 @@ cdef void describe(uint32_t form, const dma_seg *segs, uint32_t n, const desc_pa
         return
     if more == 1:
         first = (segs[0].addr.v & ~<uint64_t>(PAGE - 1)) + PAGE
-        out.second = first if first < segs[0].addr.v + segs[0].len else segs[1].addr.v & ~<uint64_t>(PAGE - 1)
+        out.second = first if prp_more(segs, 1) else segs[1].addr.v & ~<uint64_t>(PAGE - 1)
         return
     fill_list(segs, n, pages, more)
     out.second = pages[0].addr.v
@@ -260,6 +263,10 @@ cdef object described(uint32_t form, const dma_seg *segs, uint32_t n, bint quirk
     if need < 0:
         raise refuse(need, form, segs, n)
     if form == FORM_SGL:
+        for k in range(n):
+            if segs[k].len >> 32:
+                raise DmaValueError("less than 4 GiB: a descriptor's length has 32 bits", argument=f"segments[{k}]",
+                                    value=segs[k].len)
         blocks = [(DmaAddr(segs[k].addr.v), segs[k].len) for k in range(n)]
         return Sgl(blocks, ("small" if small else "large") if need else None), need, n if need else 0
     for i in range(need):

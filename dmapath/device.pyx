@@ -242,6 +242,10 @@ cdef class Device:
         self.ranges_ = <dma_range_map *>calloc(len(ranges) + 1, sizeof(dma_range_map))
         if self.ranges_ == NULL:
             raise MemoryError("no memory for dma_ranges")
+        for cpu, dma, n in ranges:
+            if max(cpu, dma) + n > 2**64:
+                raise DmaValueError("a region ends at 2**64 at most, on both sides", argument="dma_ranges",
+                                    value=(hex(cpu), hex(dma), hex(n)))
         for i in range(len(ranges)):
             self.ranges_[i].cpu_start.v, self.ranges_[i].dma_start.v, self.ranges_[i].size = ranges[i]
         self.c.ranges = self.ranges_

@@ -1,6 +1,5 @@
 # cython: language_level=3
 """A simulated DMA engine: a device that does nothing but move bytes, through translation, by the addresses it is given."""
-from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
 from dmapath.abi cimport dma_fault, dma_seg
@@ -26,34 +25,31 @@ cdef class DmaEngine:
 
     def read(self, segments):
         """Fetch the bytes of segments (Segments or (addr, bytes) pairs) from memory. Raises DmaFault."""
-        cdef uint64_t total
-        cdef list plain = _plain(segments, &total)
+        plain, total = _plain(segments)
         out = bytearray(total)
-        self._move(plain, out, total, 0)
+        self._move(plain, total, out, 0)
         return bytes(out)
 
     def read_into(self, segments, buffer):
         """As ``read``, into a writable buffer of the same size; returns the bytes moved."""
-        cdef uint64_t total
-        cdef list plain = _plain(segments, &total)
-        self._move(plain, buffer, total, 0)
+        plain, total = _plain(segments)
+        self._move(plain, total, buffer, 0)
         return total
 
     def write(self, segments, data):
         """Store ``data`` into memory at segments of the same total size. Raises DmaFault; bytes before it are stored."""
-        cdef uint64_t total
-        cdef list plain = _plain(segments, &total)
-        self._move(plain, data, total, 1)
+        plain, total = _plain(segments)
+        self._move(plain, total, data, 1)
         return total
 
-    cdef _move(self, list plain, buffer, uint64_t total, int write):
+    cdef _move(self, list plain, total, buffer, int write):
         cdef const unsigned char[::1] view = buffer
         cdef dma_fault fault
         cdef dma_seg *segs
         cdef Py_ssize_t i, n = len(plain)
         cdef unsigned char *at
         cdef int rc = 0
-        if <uint64_t>view.shape[0] != total:
+        if view.shape[0] != total:
             raise DmaValueError(f"as long as the segments, {total} bytes", argument="data", value=view.shape[0])
         if total == 0:
             return
@@ -80,14 +76,15 @@ cdef class DmaEngine:
                            write=bool(write))
 
 
-cdef list _plain(segments, uint64_t *total):
+# the segments as (addr, bytes), and the bytes in all: of any size, so not in 64 bits
+cdef tuple _plain(segments):
     cdef list out = []
-    total[0] = 0
+    total = 0
     for s in segments:
         if isinstance(s, Segment):
             addr, n = (<Segment>s).addr_, (<Segment>s).length
         else:
             addr, n = as_dma(s[0]), as_length(s[1], "length")
         out.append((addr, n))
-        total[0] += <uint64_t>n
-    return out
+        total += n
+    return out, total

@@ -100,7 +100,7 @@ cdef class PhysMemory:
         self.size = (as_length(size) + unit - 1) & ~(unit - 1)
         self.layout = layout
         base = as_phys(base, "base")
-        if base & (unit - 1) or base + 4 * self.size > 1 << 51:
+        if base & (unit - 1) or base + 4 * <object>self.size > 1 << 51:
             raise DmaValueError(f"a multiple of {unit}, below 2**51", argument="base", value=base)
         self.mem = <phys_mem *>calloc(1, sizeof(phys_mem_full))
         if self.mem == NULL or phys_mem_init(self.mem):
@@ -112,7 +112,7 @@ cdef class PhysMemory:
             raise error_for(errno, "the arena cannot be mapped" + ("" if backing == "4k" else ": too few free huge pages "
                             "(sysctl vm.nr_hugepages)"), "size", self.size)
         self.arena = <char *>at
-        self.next_synthetic = 1 << 50
+        self.next_synthetic = max(1 << 50, base + 4 * <object>self.size)  # behind the arena, wherever that is
         self.borrowed = {}
         self.peers, self.tags, self.watchers, self.notifiers = [], [], weakref.WeakSet(), weakref.WeakSet()
         self.moving = threading.Lock()
@@ -308,6 +308,8 @@ cdef class PhysMemory:
     def read(self, phys, length):
         """Bytes at a physical address, as the CPU sees them."""
         cdef uint64_t at = as_phys(phys), n = as_length(length, "length", least=0), done
+        if n > self.frames:
+            raise DmaValueError(f"there are {self.frames} bytes of memory in all", argument="length", value=n)
         out = bytearray(n)
         cdef unsigned char[::1] view = out
         if n:

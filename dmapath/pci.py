@@ -78,6 +78,9 @@ class RootComplex:
         self.window = (as_phys(window[0], "window"), as_length(window[1], "window"))
         if (self.window[0] | self.window[1] | self.bus_offset) & 4095:
             raise DmaValueError("page aligned", argument="window", value=window)
+        if self.window[0] + self.window[1] > 2**64 or self.bus_window[1] >= 2**64:
+            raise DmaValueError("a window ends at 2**64 at most, for the CPU and on the bus", argument="window",
+                                value=window)  # fmt: skip
         self._next = self.window[0]
 
     def port(self, *, acs: int | None = None) -> Bridge:

@@ -46,7 +46,7 @@ cdef uint32_t vec_fill(const dma_request *rq, dma_cursor *c, const dma_limits *l
         else:
             pos = 0
             v += 1
-            while (v < end and at + rest == v.paddr.v and v.len <= largest - rest
+            while (v < end and at + rest == v.paddr.v and v.paddr.v and v.len <= largest - rest
                    and at | mask == (v.paddr.v + v.len - 1) | mask
                    and (lim.mergeable == NULL or lim.mergeable(lim.machine, phys_addr(v.paddr.v - 1), v.paddr))):
                 rest += v.len

@@ -155,9 +155,9 @@ class Tracer:
         did = self._device.backend.did
         for kind, a, b, c, _ in self._device.backend.take_events():
             if kind == "map":
-                self._event("map", f"IOMMU: iova={a:#018x} - {a + c:#018x} paddr={b:#018x} size={c}")
+                self._event("map", f"IOMMU: iova={a:#018x} - {(a + c) % 2**64:#018x} paddr={b:#018x} size={c}")
             elif kind == "unmap":
-                self._event("unmap", f"IOMMU: iova={a:#018x} - {a + b:#018x} size={b} unmapped_size={c}")
+                self._event("unmap", f"IOMMU: iova={a:#018x} - {(a + b) % 2**64:#018x} size={b} unmapped_size={c}")
             elif kind == "bounce":
                 self._bounced(a, b)
             elif kind == "fault":

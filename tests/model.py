@@ -223,16 +223,17 @@ class Counts:
 class Device:
     """One coherent, trusted device behind an x86 IOMMU."""
 
-    def __init__(self, *, mask: int = 2**64 - 1, lazy: bool = False) -> None:
+    def __init__(self, *, mask: int = 2**64 - 1, lazy: bool = False, forcedac: bool = False) -> None:
         self.mask, self.lazy = mask, lazy
-        self.try_low = True
+        self.try_low = not forcedac
         self.iova, self.table, self.count = Allocator(), Table(), Counts()
         self.now, self.deadline = 0, 0
         self.queue: list[tuple[int, int]] = []
 
     # ---- IOVA
 
-    def _alloc(self, size: int) -> int:
+    def _alloc(self, size: int, inside: int = 0) -> int:
+        """An IOVA; `inside`: where in it a mapping begins that must not be at all ones (DMA_MAPPING_ERROR)."""
         pages, pfn = size // G, 0
         if self.mask > 2**32 - 1 and self.try_low:
             pfn = self.iova.alloc(pages, (2**32 - 1) // G, False)
@@ -241,6 +242,10 @@ class Device:
         if pfn:
             self.count.iova_allocs += 1
             self.count.iova_live_bytes += size
+        if pfn * G + inside == 2**64 - 1:
+            other = self._alloc(size)
+            self._free(pfn * G, size)
+            return other
         return pfn * G
 
     def _free(self, iova: int, size: int) -> None:
@@ -315,7 +320,7 @@ class Device:
 
     def map_phys(self, phys: int, size: int) -> int:
         span = up(size + off(phys))
-        iova = self._alloc(span)
+        iova = self._alloc(span, off(phys))
         if not iova:
             raise ModelError(errno.ENOMEM)
         try:

@@ -80,11 +80,12 @@ def _plain(name: str, **kw: Any) -> Machine:
     return m
 
 
-def _xen(layout: str) -> Machine:
+def _xen(layout: str, where: str = "") -> Machine:
     memory = PhysMemory(SLOTS * 2 * PAGE, base=BASE)
     pool = _pool(memory)
-    xen = XenDomain(memory, pool=pool, layout=layout)
-    m = Machine(f"xen-{layout}", memory, Device(memory=memory, xen=xen, swiotlb=pool), bounces=True)
+    base = 2**52 - SLOTS * 2 * PAGE if where else 1 << 40  # machine addresses have 52 bits
+    xen = XenDomain(memory, pool=pool, layout=layout, base=base)
+    m = Machine(f"xen-{where or layout}", memory, Device(memory=memory, xen=xen, swiotlb=pool), bounces=True)
     other = PhysMemory(2 * PAGE, base=1 << 34)
     theirs = XenDomain(other, base=1 << 43)
     for i in range(2):  # another guest's pages in the last slot
@@ -136,6 +137,21 @@ MACHINES: dict[str, Any] = {
     "peers-direct": lambda: _peers("peers-direct", None, None),
     "peers-noncoherent": lambda: _peers("peers-noncoherent", 4, "strict", coherent=False),
     "adversary": lambda: _plain("adversary", backend=Adversary(5, cut=0), bounces=True),
+    # the same where DMA addresses end at 2**64
+    "direct-top": lambda: _plain("direct-top", dma_ranges=[(BASE, 2**64 - SLOTS * 2 * PAGE, SLOTS * 2 * PAGE),
+                                                           (1 << 50, 1 << 45, 1 << 40)]),
+    "strict-top": lambda: _plain("strict-top", iommu=Iommu("strict"), forcedac=True),
+    "lazy-top": lambda: _plain("lazy-top", iommu=Iommu("lazy"), forcedac=True),
+    "caching-top": lambda: _plain("caching-top", iommu=Iommu("strict", caching_mode=True), forcedac=True),
+    "narrow-top": lambda: _plain("narrow-top", iommu=Iommu("strict", aperture=(2**64 - 64 * PAGE, 2**64 - 1)), scarce=True),
+    "untrusted-top": lambda: _plain("untrusted-top", iommu=Iommu("strict"), untrusted=True, min_align_mask=0xFFF, pool={},
+                                    bounces=True, forcedac=True),
+    "iommu-noncoherent-top": lambda: _plain("iommu-noncoherent-top", iommu=Iommu("lazy"), coherent=False, bounces=True,
+                                            forcedac=True),
+    "untrusted-noncoherent-top": lambda: _plain("untrusted-noncoherent-top", iommu=Iommu("strict"), coherent=False,
+                                                untrusted=True, min_align_mask=0xFFF, pool={}, bounces=True, forcedac=True),
+    "peers-host-top": lambda: _peers("peers-host-top", 4, "strict", forcedac=True),
+    "xen-top": lambda: _xen("contiguous", "top"),
 }  # fmt: skip
 
 
@@ -306,7 +322,7 @@ class Driver(RuleBasedStateMachine):
 
 TestDriver = Driver.TestCase
 TestDriver.settings = settings(
-    max_examples=max(48, STEPS // RUN), stateful_step_count=RUN, deadline=None, suppress_health_check=list(HealthCheck),
+    max_examples=max(64, STEPS // RUN), stateful_step_count=RUN, deadline=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )  # fmt: skip
 
@@ -345,4 +361,4 @@ def test_each_machine_is_what_it_says(name: str) -> None:
     assert m.dev.backend.name in ("direct", "iommu", "xen", "grant", "adversary")
     with m.dev.map(Bio([(BASE + 0x200, 0x400), (BASE + 3 * PAGE, 0x100)], op="write")) as mapping:
         bounced = mapping.layout == "bounced"
-    assert bounced == (name.startswith(("swiotlb", "bounce")) or name in ("direct-32bit", "untrusted-noncoherent"))
+    assert bounced == (name.startswith(("swiotlb", "bounce", "untrusted-noncoherent")) or name == "direct-32bit")

@@ -44,11 +44,11 @@ class Machine(RuleBasedStateMachine):
     singles = Bundle("singles")
     mappings = Bundle("mappings")
 
-    @initialize(lazy=st.booleans(), small=st.booleans())
-    def make(self, lazy: bool, small: bool) -> None:
-        mask = 0xFFFFFF if small else 2**64 - 1
-        self.dev = Device(iommu=Iommu("lazy" if lazy else "strict", cpus=1), memory=MEMORY, dma_mask=mask)
-        self.ref = model.Device(mask=mask, lazy=lazy)
+    @initialize(lazy=st.booleans(), where=st.sampled_from(["anywhere", "small", "top"]))
+    def make(self, lazy: bool, where: str) -> None:
+        mask, top = 0xFFFFFF if where == "small" else 2**64 - 1, where == "top"
+        self.dev = Device(iommu=Iommu("lazy" if lazy else "strict", cpus=1), memory=MEMORY, dma_mask=mask, forcedac=top)
+        self.ref = model.Device(mask=mask, lazy=lazy, forcedac=top)
         self.engine = DmaEngine(self.dev)
         self.open: list[Any] = []
 
@@ -170,7 +170,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(s=states, at=st.integers(0, 0x21000))
     def translate(self, s: Any, at: int) -> None:
-        addr = s[1].addr + at
+        addr = min(s[1].addr + at, 2**64 - 1)
         got = self.dev.backend.iova_to_phys(addr)
         assert (None if got is None else int(got)) == self.ref.table.translate(addr)
 

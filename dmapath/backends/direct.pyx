@@ -10,7 +10,7 @@ from libc.errno cimport EFAULT, EINVAL, EIO, ENOMEM, EOPNOTSUPP, EREMOTEIO
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 
 from dmapath._core cimport (
-    add_atomic as add, dma_mark_bounced, p2p_dropped, p2p_route, phys_mem_clean, phys_mem_copy, phys_mem_dma,
+    add_atomic as add, below_top, dma_mark_bounced, p2p_dropped, p2p_route, phys_mem_clean, phys_mem_copy, phys_mem_dma,
     phys_mem_inval, phys_mem_read_lock, phys_mem_read_unlock, swiotlb_has, swiotlb_map, swiotlb_pool, swiotlb_sync,
     swiotlb_unmap, swiotlb_want, xen_domain, xen_machine, xen_phys, xen_straddles,
 )
@@ -282,11 +282,11 @@ cdef uint64_t host_access(dma_device *dev, uint64_t addr, uint64_t n, char *mine
 
 cdef int direct_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int write,
                        dma_fault *fault) noexcept nogil:
-    cdef uint64_t done = 0, part = n, phys = 0, moved = 0
+    cdef uint64_t reach = below_top(addr.v, n), done = 0, part = reach, phys = 0, moved = 0
     phys_mem_read_lock(dev.mem)
-    while done < n:
+    while done < reach:
         if dev.p2p != NULL:
-            part = p2p_route(dev, addr.v + done, n - done, &phys)
+            part = p2p_route(dev, addr.v + done, reach - done, &phys)
         if phys:
             moved = phys_mem_copy(dev.mem, phys, <char *>buf + done, part, write != 0)
         else:

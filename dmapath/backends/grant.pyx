@@ -12,7 +12,7 @@ from dmapath._core cimport (
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_FAULT_BUS, DMA_FAULT_NOT_PRESENT, DMA_FAULT_WRITE, DMA_NONE, DMA_TO_DEVICE, DMAPATH_ABI,
     dma_addr, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault, dma_fault_at, dma_ops,
-    dma_ops_init, dma_seg, phys_addr_t, phys_vec,
+    dma_ops_init, dma_range_wraps, dma_seg, phys_addr_t, phys_vec,
 )
 from dmapath.backends.base cimport Backend
 
@@ -24,8 +24,8 @@ cdef uint64_t GRANT = 1ULL << 63  # XEN_GRANT_DMA_ADDR_OFF
 
 
 cdef struct grant_entry:
-    uint64_t phys       # page, 0: free
-    bint readonly
+    uint64_t phys       # page
+    bint given, readonly
     uint32_t held       # times that the other domain has it mapped
 
 cdef struct grant_table:
@@ -40,11 +40,16 @@ cdef inline grant_table *table_of(dma_device *dev) noexcept nogil:
     return <grant_table *>dev.priv
 
 
+# pages that a range touches; more than the table has, however many more
+cdef inline uint64_t pages_of(grant_table *t, uint64_t off, uint64_t size) noexcept nogil:
+    return t.size if size > <uint64_t>t.size << 12 else (off + size + 4095) >> 12
+
+
 # gnttab_alloc_grant_reference_seq: the first of n free references in a row, or 0
 cdef uint32_t find_run(grant_table *t, uint32_t n) noexcept nogil:
     cdef uint32_t ref, run = 0
     for ref in range(1, t.size):
-        run = 0 if t.e[ref].phys else run + 1
+        run = 0 if t.e[ref].given else run + 1
         if run == n:
             return ref - n + 1
     return 0
@@ -54,7 +59,7 @@ cdef uint32_t find_run(grant_table *t, uint32_t n) noexcept nogil:
 cdef int map_run(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_direction dir, unsigned long attrs,
                  dma_addr_t *out) noexcept nogil:
     cdef grant_table *t = table_of(dev)
-    cdef uint64_t off = phys.v & 4095, pages = (off + size + 4095) >> 12
+    cdef uint64_t off = phys.v & 4095, pages = pages_of(t, off, size)
     cdef uint32_t ref, i
     out.v = UINT64_MAX
     if dir == DMA_NONE or size == 0:
@@ -64,10 +69,10 @@ cdef int map_run(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_dire
     if t.broken:
         return -ENODEV
     lock_acquire(&t.guard)
-    ref = find_run(t, <uint32_t>pages) if pages < t.size else 0
+    ref = find_run(t, <uint32_t>pages) if pages < t.size and not dma_range_wraps(phys.v, size) else 0
     for i in range(<uint32_t>pages if ref else 0):
         t.e[ref + i].phys = phys.v - off + (<uint64_t>i << 12)
-        t.e[ref + i].readonly = dir == DMA_TO_DEVICE
+        t.e[ref + i].given, t.e[ref + i].readonly = True, dir == DMA_TO_DEVICE
     t.used += <uint32_t>pages if ref else 0
     lock_release(&t.guard)
     if ref == 0:
@@ -79,16 +84,15 @@ cdef int map_run(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_dire
 # xen_grant_dma_unmap_page: a grant that the other side still has mapped cannot be taken back; the device is done for
 cdef void unmap_run(dma_device *dev, dma_addr_t addr, uint64_t size) noexcept nogil:
     cdef grant_table *t = table_of(dev)
-    cdef uint64_t pages = ((addr.v & 4095) + size + 4095) >> 12
-    cdef uint32_t ref = <uint32_t>((addr.v & ~GRANT) >> 12), i
+    cdef uint64_t pages = pages_of(t, addr.v & 4095, size), ref = (addr.v & ~GRANT) >> 12, i
     if t.broken:
         return
     lock_acquire(&t.guard)
-    for i in range(<uint32_t>pages):
-        if ref + i >= t.size or t.e[ref + i].phys == 0 or t.e[ref + i].held:
+    for i in range(pages):
+        if ref + i >= t.size or not t.e[ref + i].given or t.e[ref + i].held:
             t.broken = True
             break
-        t.e[ref + i].phys = 0
+        t.e[ref + i].given = False
         t.used -= 1
     lock_release(&t.guard)
 
@@ -134,7 +138,7 @@ cdef uint32_t granted(grant_table *t, uint64_t at, int write, uint64_t *phys) no
     cdef uint64_t ref = (at & ~GRANT) >> 12
     cdef uint32_t reason = 0
     lock_acquire(&t.guard)
-    if not at & GRANT or ref >= t.size or t.e[ref].phys == 0:
+    if not at & GRANT or ref >= t.size or not t.e[ref].given:
         reason = DMA_FAULT_NOT_PRESENT
     elif write and t.e[ref].readonly:
         reason = DMA_FAULT_WRITE
@@ -219,7 +223,7 @@ cdef class GrantTable:
 
     def _change(self, addr, by):
         cdef uint64_t at = as_dma(addr), ref = (at & ~GRANT) >> 12
-        if not at & GRANT or ref >= self.t.size or self.t.e[ref].phys == 0:
+        if not at & GRANT or ref >= self.t.size or not self.t.e[ref].given:
             raise DmaValueError("a granted page's address", argument="addr", value=at)
         if by < 0 and not self.t.e[ref].held:
             raise StateError("the other domain does not have it mapped", argument="addr", value=at)

@@ -14,13 +14,14 @@ from dmapath._core cimport (
     C_INVAL_RANGE, C_IOVA_ALLOC_BYTES, C_IOVA_ALLOCS, C_IOVA_FREE_BYTES, C_IOVA_FREES, C_LINKS, C_MAPS, C_PTE_CLEAR,
     C_PTE_SET, C_SG_MAPS, C_SG_UNMAPS, C_SYNC_FLUSH, C_SYNCS, C_UNBOUNCES, C_UNLINKS, C_UNMAPS, EV_BARRIER,
     EV_BOUNCE, EV_CACHE_INVAL, EV_CLEAN, IOVA_ORDERS, PROT_CACHE, PTE_LEAF, PTE_PROT, PROT_MMIO, PROT_PRIV,
-    PROT_READ_, PROT_WRITE_, count, core_alloc, counter_read, dma_mark_bounced, dom_alloc_iova, dom_attach,
-    dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova, dom_granule, dom_iova_to_phys,
-    dom_link_gapped, dom_link_page, dom_link_vec, dom_map, dom_off, dom_queued, dom_record, dom_sync_map, dom_unmap,
-    dom_unmap_free, dom_up, fail_point, iommu_domain, iommu_domain_config, iommu_domain_create, iommu_domain_free,
-    iommu_unit, iommu_unit_advance, iommu_unit_destroy, iommu_unit_init, iova_alloc_fast, iova_cached_ranges,
-    iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup, pgt_walk, phys_mem_clean,
-    phys_mem_inval, swiotlb_has, swiotlb_map, swiotlb_sync, swiotlb_unmap, swiotlb_want, swiotlb_zero_around,
+    PROT_READ_, PROT_WRITE_, below_top, count, core_alloc, counter_read, dma_mark_bounced, dom_alloc_iova,
+    dom_alloc_iova_at, dom_attach, dom_bus_access, dom_flush_begin, dom_flush_end, dom_flush_queues, dom_free_iova,
+    dom_granule, dom_iova_to_phys, dom_link_gapped, dom_link_page, dom_link_vec, dom_map, dom_off, dom_queued, dom_record,
+    dom_sync_map, dom_translate, dom_unmap, dom_unmap_free, dom_up, fail_point, iommu_domain, iommu_domain_config,
+    iommu_domain_create, iommu_domain_free, iommu_unit, iommu_unit_advance, iommu_unit_destroy, iommu_unit_init,
+    iova_alloc_fast, iova_cached_ranges, iova_free_fast, iova_reserve, lock_acquire, lock_release, note, pgt_lookup,
+    pgt_walk, phys_mem_clean, phys_mem_inval, swiotlb_has, swiotlb_map, swiotlb_sync, swiotlb_unmap, swiotlb_want,
+    swiotlb_zero_around, translation,
 )
 from dmapath.abi cimport (
     DMAPATH_ABI, DMA_ATTR_MMIO, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
@@ -89,28 +90,32 @@ cdef void inval_for_cpu(dma_device *dev, uint64_t phys, uint64_t size) noexcept 
     phys_mem_inval(dev.mem, phys, size)
 
 
-# hand [addr, addr + size) over as it lies in memory, granule by granule: what bounced is copied, what the caches hold is
-# maintained (devices' registers have no cache), in the order that keeps the newer bytes
+# hand `size` bytes from addr on over as they lie in memory, granule by granule: what bounced is copied, what the caches hold
+# is maintained (devices' registers have no cache), in the order that keeps the newer bytes
 cdef void hand_over(dma_device *dev, uint64_t addr, uint64_t size, bint for_cpu, bint copy) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t end = addr + size, phys, n
+    cdef uint64_t left = below_top(addr, size), n
     cdef bint cached = not dev.flags & DMA_DEV_COHERENT
-    while (copy or cached) and addr < end:
-        n = dom_granule(d) - dom_off(d, addr)
-        n = n if n < end - addr else end - addr
-        phys = dom_iova_to_phys(d, addr)
-        if phys and for_cpu and cached and not mmio_at(d, addr):
-            inval_for_cpu(dev, phys, n)
-        if copy and swiotlb_has(dev.swiotlb, phys):
-            swiotlb_sync(dev.swiotlb, phys, n, not for_cpu)
-        if phys and not for_cpu and cached and not mmio_at(d, addr):
-            clean_for_device(dev, phys, n)
+    cdef translation t
+    while (copy or cached) and left:
+        if dom_translate(d, addr, &t):
+            n = granule_part(d, addr, left)
+            if for_cpu and cached and not t.prot & PROT_MMIO:
+                inval_for_cpu(dev, t.phys, n)
+            if copy and swiotlb_has(dev.swiotlb, t.phys):
+                swiotlb_sync(dev.swiotlb, t.phys, n, not for_cpu)
+            if not for_cpu and cached and not t.prot & PROT_MMIO:
+                clean_for_device(dev, t.phys, n)
+        else:
+            n = t.left if t.left < left else left
         addr += n
+        left -= n
 
 
-cdef inline bint mmio_at(iommu_domain *d, uint64_t iova) noexcept nogil:
-    cdef unsigned level
-    return pgt_lookup(&d.pgt, iova, &level) & PROT_MMIO != 0
+# bytes from addr to the end of its granule, at most `left`
+cdef inline uint64_t granule_part(iommu_domain *d, uint64_t addr, uint64_t left) noexcept nogil:
+    cdef uint64_t n = dom_granule(d) - dom_off(d, addr)
+    return n if n < left else left
 
 
 # ---- two steps ----------------------------------------------------------------------------------------------------
@@ -225,10 +230,12 @@ cdef uint64_t span_of(iommu_domain *d, const phys_vec *v, uint32_t n, bint gappe
     cdef uint64_t total = 0, one
     cdef uint32_t i
     for i in range(n):
-        one = dom_up(d, v[i].len + dom_off(d, v[i].paddr.v)) if gapped else v[i].len
-        if one > (1ULL << 62) - total:
+        if v[i].len > (1ULL << 62):
             return UINT64_MAX
+        one = dom_up(d, v[i].len + dom_off(d, v[i].paddr.v)) if gapped else v[i].len
         total += one
+        if total > (1ULL << 62):
+            return UINT64_MAX
     return total
 
 
@@ -282,7 +289,7 @@ cdef void clean_linked(dma_device *dev, const phys_vec *v, uint32_t n) noexcept 
 cdef inline int link_ranges(dma_device *dev, dma_iova_state *st, const phys_vec *v, uint32_t n, uint64_t offset,
                             dma_data_direction dir, unsigned long attrs, bint gapped) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t size = dma_iova_size(st), end = st.addr.v + size
+    cdef uint64_t room = dma_iova_size(st)
     cdef int rc = 0
     if offset and not gapped and dom_off(d, v[0].paddr.v):
         return -EIO
@@ -291,17 +298,20 @@ cdef inline int link_ranges(dma_device *dev, dma_iova_state *st, const phys_vec 
         if rc < 0:
             return rc
         if dev.flags & DMA_DEV_QUIRKS:
-            end = UINT64_MAX
-    if unlikely(offset > end - st.addr.v):
+            room = below_top(st.addr.v, UINT64_MAX)
+    if unlikely(offset > room):
         return -ERANGE
+    room -= offset
+    if gapped:
+        room = dom_up(d, room)
     if unlikely(rc):
-        if span_of(d, v, n, gapped) > end - st.addr.v - offset:
+        if span_of(d, v, n, gapped) > room:
             return -ERANGE
         return link_bounced_vec(dev, st, v, n, offset, dir, attrs, gapped)
     if gapped:
-        rc = dom_link_gapped(d, st.addr.v + offset, end, v, n, prot_of(dev, dir, attrs))
+        rc = dom_link_gapped(d, st.addr.v + offset, room, v, n, prot_of(dev, dir, attrs))
     else:
-        rc = dom_link_vec(d, st.addr.v + offset, end, v, n, prot_of(dev, dir, attrs))
+        rc = dom_link_vec(d, st.addr.v + offset, room, v, n, prot_of(dev, dir, attrs))
     if unlikely(rc == 0 and cpu_sync(dev, attrs)):
         clean_linked(dev, v, n)
     return rc
@@ -347,17 +357,15 @@ cdef int iommu_sync(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64
 cdef void unlink_slow(dma_device *dev, uint64_t addr, uint64_t size, dma_data_direction dir,
                       unsigned long attrs) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t end = addr + size, phys, n
-    while addr < end:
-        phys = dom_iova_to_phys(d, addr)
-        if phys == 0:
-            break
-        n = dom_granule(d) - dom_off(d, addr)
-        n = n if n < end - addr else end - addr
-        if cpu_sync(dev, attrs) and not mmio_at(d, addr):
-            inval_for_cpu(dev, phys, n)
-        unbounce(dev, phys, dir, attrs)
+    cdef uint64_t left = below_top(addr, size), n
+    cdef translation t
+    while left and dom_translate(d, addr, &t):
+        n = granule_part(d, addr, left)
+        if cpu_sync(dev, attrs) and not t.prot & PROT_MMIO:
+            inval_for_cpu(dev, t.phys, n)
+        unbounce(dev, t.phys, dir, attrs)
         addr += n
+        left -= n
     if cpu_sync(dev, attrs):
         barrier(d)
 
@@ -410,7 +418,7 @@ cdef int iommu_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
     iova = 0
     rc = -EINVAL if dev.min_align_mask > dom_granule(d) - 1 else 0
     if rc == 0:
-        iova = dom_alloc_iova(d, dev, span)
+        iova = dom_alloc_iova_at(d, dev, span, off)
         rc = 0 if iova else -ENOMEM
     if rc == 0:
         memset(&w, 0, sizeof(w))
@@ -434,12 +442,13 @@ cdef int iommu_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_da
 cdef int iommu_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir,
                           unsigned long attrs) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t off = dom_off(d, addr.v), span = dom_up(d, size + off), phys = 0, done
+    cdef uint64_t off = dom_off(d, addr.v), span = dom_up(d, size + off), phys = UINT64_MAX, done
+    cdef translation t
     if not attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT):
         phys = dom_iova_to_phys(d, addr.v)
-        if phys == 0:
+        if phys == UINT64_MAX:
             return -ENOENT  # Linux warns and does nothing
-        if cpu_sync(dev, attrs) and not mmio_at(d, addr.v):
+        if cpu_sync(dev, attrs) and dom_translate(d, addr.v, &t) and not t.prot & PROT_MMIO:
             inval_for_cpu(dev, phys, size)
             barrier(d)
     done = dom_unmap_free(d, addr.v - off, span)
@@ -460,7 +469,7 @@ cdef uint64_t sg_spans(dma_device *dev, const phys_vec *v, uint32_t n, uint64_t 
     cdef int64_t prev = -1
     cdef uint32_t i
     for i in range(n):
-        if v[i].len == 0 or v[i].len > (1ULL << 62) - total:
+        if v[i].len == 0 or total > 1ULL << 62 or v[i].len > (1ULL << 62) - total:
             return UINT64_MAX
         if bus_type(dev, v[i].paddr) == DMA_P2P_BUS_ADDR:
             span[i] = 0
@@ -605,7 +614,7 @@ cdef int iommu_map_sg(dma_device *dev, const phys_vec *v, uint32_t n, dma_data_d
 cdef int iommu_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_direction dir,
                         unsigned long attrs) noexcept nogil:
     cdef iommu_domain *d = domain_of(dev)
-    cdef uint64_t first = 0, last = 0, done
+    cdef uint64_t first = 0, span = 0, done
     cdef bint any = False
     cdef uint32_t i
     if n == 0:
@@ -618,7 +627,7 @@ cdef int iommu_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_
         if not any:
             first = s[i].addr.v - dom_off(d, s[i].addr.v)
         any = True
-        last = dom_up(d, s[i].addr.v + s[i].len)
+        span = dom_up(d, s[i].addr.v - first + s[i].len)
         if cpu_sync(dev, attrs):
             hand_over(dev, s[i].addr.v, s[i].len, True, False)
     if cpu_sync(dev, attrs):
@@ -626,8 +635,8 @@ cdef int iommu_unmap_sg(dma_device *dev, const dma_seg *s, uint32_t n, dma_data_
     count(d.counters, C_SG_UNMAPS, 1)
     if not any:
         return 0
-    done = dom_unmap_free(d, first, last - first)
-    return 0 if done == last - first else -ENOENT
+    done = dom_unmap_free(d, first, span)
+    return 0 if done == span else -ENOENT
 
 
 cdef int iommu_sync_for_cpu(dma_device *dev, dma_addr_t addr, uint64_t size,
@@ -765,6 +774,9 @@ cdef class Iommu:
     def advance(self, ns):
         """Let ``ns`` nanoseconds of simulated time pass: flush-queue timers (10 ms) fire, depots shrink (100 ms)."""
         cdef uint64_t n = as_length(ns, "ns", least=0)
+        if n >= (1ULL << 63) - self.unit.now_ns:
+            raise DmaValueError(f"simulated time ends before 2**63 ns, and it is {self.unit.now_ns}", argument="ns",
+                                value=ns)
         with nogil:
             iommu_unit_advance(&self.unit, n)
 
@@ -864,8 +876,8 @@ cdef class IommuDomain(Backend):
 
     def iova_to_phys(self, iova):
         """The PhysAddr behind one IOVA, or None (iommu_iova_to_phys; page table only, no IOTLB)."""
-        phys = dom_iova_to_phys(self.dom, as_iova_or_dma(iova))
-        return PhysAddr(phys) if phys else None
+        cdef uint64_t phys = dom_iova_to_phys(self.dom, as_iova_or_dma(iova))
+        return None if phys == UINT64_MAX else PhysAddr(phys)
 
     def prot_of(self, iova):
         """Protection bits of the entry that maps an IOVA (IOMMU_READ 1, WRITE 2, CACHE 4 ...), or None."""
@@ -885,11 +897,14 @@ cdef class IommuDomain(Backend):
 
     def alloc_raw(self, pages, limit_pfn, *, flush=True):
         """alloc_iova_fast: first page frame of a range, or 0."""
-        return iova_alloc_fast(&self.dom.iova, pages, limit_pfn, flush)
+        cdef uint64_t n = as_length(pages, "pages", last=1 << 52), limit = as_length(limit_pfn, "limit_pfn", least=0,
+                                                                                     last=(1 << 52) - 1)
+        return iova_alloc_fast(&self.dom.iova, n, limit, flush)
 
     def free_raw(self, pfn, pages):
         """free_iova_fast."""
-        iova_free_fast(&self.dom.iova, pfn, pages)
+        cdef uint64_t at = as_length(pfn, "pfn", last=(1 << 52) - 1), n = as_length(pages, "pages", last=1 << 52)
+        iova_free_fast(&self.dom.iova, at, n)
 
     def alloc_free_loop(self, uint64_t pages, long rounds):
         """``rounds`` times alloc_iova_fast and free_iova_fast of so many pages below 4 GiB, for scripts/bench."""

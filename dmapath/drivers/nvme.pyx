@@ -43,6 +43,7 @@ cdef enum:
     INTERNAL = 6        # status of what a dead controller took with it; may be tried again
     IDLE = 10000        # looks without anything to see, until the controller is taken for dead
     ADMIN_DEPTH = 16
+    MOST_BLOCKS = 65536  # of one command, whose count has 16 bits
 
 # requests that were handed over together, as commands
 cdef struct io_list:
@@ -337,6 +338,12 @@ cdef int drive(queue *q, io_list *target) noexcept nogil:
     return 0
 
 
+def _number(value, argument, least, last):
+    if not hasattr(value, "__index__") or not least <= value <= last:
+        raise DmaValueError(f"{least} to {last}", argument=argument, value=value)
+    return value
+
+
 cdef class Io:
     """Requests that were submitted together. ``wait`` for them; ``errors`` says what became of each."""
 
@@ -594,6 +601,8 @@ cdef class Nvme:
             raise DmaValueError(f"integrity of {self.metadata_size} bytes for each block", argument="requests",
                                 value=request)
         if isinstance(request, Request):
+            if request.total > MOST_BLOCKS * unit:
+                raise DmaValueError(f"at most {MOST_BLOCKS} blocks: one command", argument="requests", value=request)
             return [request]
         return request.split(self.limits, max_bytes=self.max_bytes, block_size=unit)
 
@@ -682,8 +691,9 @@ cdef class Nvme:
         return self.enqueue(io)
 
     def command(self, opcode, lba=0, blocks=1):
-        """One I/O command without data: NVMe opcode, first block, blocks. Raises NvmeError."""
-        self.one(opcode, lba, blocks, None).wait()
+        """One I/O command without data: NVMe opcode, first block, blocks (1 to 65536). Raises NvmeError."""
+        self.one(_number(opcode, "opcode", 0, 255), _number(lba, "lba", 0, 2**64 - 1),
+                 _number(blocks, "blocks", 1, MOST_BLOCKS), None).wait()
 
     def flush(self):
         """Make what was written durable (Flush)."""
@@ -691,13 +701,11 @@ cdef class Nvme:
 
     def write_zeroes(self, lba, blocks):
         """Blocks become zeros without a transfer (Write Zeroes): 1 to 65536 of them."""
-        if not 1 <= blocks <= 65536:
-            raise DmaValueError("1 to 65536", argument="blocks", value=blocks)
         self.command(NVME_WRITE_ZEROES, lba, blocks)
 
     def deallocate(self, ranges):
         """Blocks that hold nothing any more (Dataset Management): up to 256 (lba, blocks); they read as zeros."""
-        ranges = list(ranges)
+        ranges = [(_number(lba, "lba", 0, 2**64 - 1), _number(blocks, "blocks", 0, 2**32 - 1)) for lba, blocks in ranges]
         if not 1 <= len(ranges) <= 256:
             raise DmaValueError("1 to 256 ranges", argument="ranges", value=len(ranges))
         with self.device.alloc_coherent(NVME_PAGE) as page:

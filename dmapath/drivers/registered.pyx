@@ -110,11 +110,11 @@ cdef uint32_t unlink(state *s, slot *t, uint64_t at, uint64_t end, dma_data_dire
 # map a range beneath, and lead the table's pages from byte `at` on to it
 cdef int link_range(state *s, slot *t, phys_addr_t phys, uint64_t at, uint64_t size, dma_data_direction dir,
                     unsigned long attrs) noexcept nogil:
-    cdef uint64_t page = at // PAGE, end = (at + size + PAGE - 1) // PAGE, base
+    cdef uint64_t page = at // PAGE, end = (at + size + PAGE - 1) // PAGE, most = <uint64_t>s.pages * PAGE, base
     cdef dma_addr_t addr
     cdef uint32_t i
     cdef int rc
-    if end > s.pages:
+    if size > most or at > most - size:
         return -ERANGE
     for i in range(t.nlinks):
         if t.links[i].at // PAGE < end and page < (t.links[i].at + t.links[i].size + PAGE - 1) // PAGE:

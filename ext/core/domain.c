@@ -32,6 +32,12 @@ int iommu_unit_init(struct iommu_unit *u, uint32_t sets, uint32_t ways, bool cac
 
 void iommu_unit_destroy(struct iommu_unit *u) { iotlb_destroy(&u->tlb); }
 
+/* The last byte of the last granule that lies below `limit` or ends there; without one, of none: 0. */
+static uint64_t whole_granules(const struct iommu_domain *d, uint64_t limit)
+{
+    return limit < d->granule_mask ? 0 : (limit - d->granule_mask) | d->granule_mask;
+}
+
 static int domain_init(struct iommu_domain *d, const struct iommu_domain_config *c)
 {
     unsigned shift = (unsigned)__builtin_ctzll(c->page_sizes);
@@ -39,13 +45,14 @@ static int domain_init(struct iommu_domain *d, const struct iommu_domain_config 
     d->granule_mask = (1ull << shift) - 1;
     d->lazy = c->lazy;
     d->arm = c->arm;
-    d->aperture_last = c->aperture_last;
+    d->aperture_last = whole_granules(d, c->aperture_last);
     d->counters = core_alloc(&d->fail, sizeof(*d->counters));
     if (!d->counters)
         return -ENOMEM;
-    int rc = pgt_init(&d->pgt, c->page_sizes, c->aperture_last, c->arm, &d->fail);
-    if (!rc)
-        rc = iova_domain_init(&d->iova, shift, c->aperture_first >> shift, c->ncpu, &d->fail);
+    int rc = pgt_init(&d->pgt, c->page_sizes, d->aperture_last, c->arm, &d->fail);
+    if (!rc) /* a granule that the aperture begins inside is not handed out */
+        rc = iova_domain_init(&d->iova, shift, (c->aperture_first >> shift) + !!dom_off(d, c->aperture_first), c->ncpu,
+                              &d->fail);
     if (!rc && c->lazy) {
         d->fq = core_alloc(&d->fail, c->ncpu * sizeof(*d->fq));
         rc = d->fq ? 0 : -ENOMEM;
@@ -105,7 +112,7 @@ void dom_attach(struct iommu_domain *d, const struct dma_device *dev)
 {
     uint64_t limit = min_nonzero(dev->dma_mask, dev->bus_dma_limit);
     limit = limit < d->aperture_last ? limit : d->aperture_last;
-    d->limit_pfn = limit >> d->granule_shift;
+    d->limit_pfn = whole_granules(d, limit) >> d->granule_shift;
     d->trusting = dev->flags == DMA_DEV_COHERENT;
     dom_record(d, false);
 }
@@ -137,6 +144,13 @@ found:;
     tally(t, C_IOVA_ALLOC_BYTES, size);
     note(d, EV_ALLOC, pfn << d->granule_shift, size, 0);
     return pfn << d->granule_shift;
+}
+
+uint64_t dom_alloc_other_iova(struct iommu_domain *d, struct dma_device *dev, uint64_t size, uint64_t instead_of)
+{
+    uint64_t other = dom_alloc_iova(d, dev, size);
+    dom_free_iova(d, instead_of, size);
+    return other;
 }
 
 void dom_free_iova(struct iommu_domain *d, uint64_t iova, uint64_t size)
@@ -192,18 +206,18 @@ int dom_map(struct iommu_domain *d, struct pgt_walk *w, uint64_t iova, uint64_t 
     return 0;
 }
 
-/* Take back what a failed vector of links has mapped: [start, end), rounded out to granules. */
-static void link_undo(struct iommu_domain *d, uint64_t start, uint64_t end, struct pgt_freelist *freed)
+/* Take back what a failed vector of links has mapped: `size` bytes from the granule `start` on, rounded up. */
+static void link_undo(struct iommu_domain *d, uint64_t start, uint64_t size, struct pgt_freelist *freed)
 {
     struct pgt_delta undone = { { 0, 0, 0 } };
-    uint64_t size = dom_up(d, end) - start;
     if (!size)
         return;
+    size = dom_up(d, size);
     note(d, EV_UNMAP, start, size, pgt_unmap(&d->pgt, start, size, &undone, freed));
     flush_range(d, start, start + size - 1, EV_FLUSH);
 }
 
-struct linking { struct pgt_walk w; uint64_t at, end, pages; uint32_t i; }; /* where a vector of links stands */
+struct linking { struct pgt_walk w; uint64_t at, left, pages; uint32_t i; }; /* where a vector of links stands */
 
 /* From range l.i on, whatever the ranges are like. */
 static RARE int link_any(struct iommu_domain *d, uint64_t start, struct linking l, const struct phys_vec *v, uint32_t n,
@@ -211,13 +225,12 @@ static RARE int link_any(struct iommu_domain *d, uint64_t start, struct linking 
 {
     struct pgt_delta delta = { { l.pages, 0, 0 } };
     struct pgt_freelist freed = { NULL };
-    uint64_t at = l.at;
+    uint64_t at = l.at, left = l.left;
     uint32_t i;
     int rc = 0;
     for (i = l.i; i < n; i++) {
         uint64_t phys = v[i].paddr.v, off = dom_off(d, phys), len = v[i].len, span = off + len;
-        uint64_t next = at + (gapped ? dom_up(d, span) : len);
-        if (next > l.end || next < at || len > l.end) {
+        if (len > left || (gapped && span > left)) {
             rc = -ERANGE; /* Linux does not look: it would map IOVA that belongs to others */
             break;
         }
@@ -229,10 +242,11 @@ static RARE int link_any(struct iommu_domain *d, uint64_t start, struct linking 
         if (rc)
             break;
         note(d, EV_MAP, gapped ? at : at - off, phys - off, dom_up(d, span));
-        at = next;
+        at += gapped ? dom_up(d, span) : len;
+        left -= gapped ? dom_up(d, span) : len;
     }
     if (rc)
-        link_undo(d, start, i ? at : start, &freed);
+        link_undo(d, start, i ? at - start : 0, &freed);
     if (freed.head) { /* large leaves replaced empty tables: drop them from the walk caches first */
         iotlb_invalidate_domain(&d->unit->tlb, d->did);
         pgt_free_tables(&d->pgt, &freed);
@@ -260,7 +274,7 @@ static bool map_pages(struct iommu_domain *d, struct pgt_walk *w, uint64_t iova,
 }
 
 /* The common case in a loop of its own: ranges too small for large leaves, in tables that exist. */
-static inline __attribute__((always_inline)) int link_pages(struct iommu_domain *d, uint64_t iova, uint64_t end,
+static inline __attribute__((always_inline)) int link_pages(struct iommu_domain *d, uint64_t iova, uint64_t left,
                                                             const struct phys_vec *v, uint32_t n, unsigned prot,
                                                             bool gapped)
 {
@@ -271,25 +285,27 @@ static inline __attribute__((always_inline)) int link_pages(struct iommu_domain 
     for (; likely(simple) && i < n; i++) {
         uint64_t phys = v[i].paddr.v, off = phys & gm, len = v[i].len, n4k = 1;
         uint64_t page = gapped ? at : at - off;
-        if (unlikely(len > end - at || (!gapped && off && i)))
+        if (unlikely(len > left || (!gapped && off && i)))
             break;
         if (likely(off + len - 1 <= gm)) {
             if (unlikely(!pgt_map_page(&d->pgt, &w, page, phys - off, bits)))
                 break;
         } else {
             n4k = (off + len + gm) >> 12;
-            if (unlikely(!len || len >= 1u << 21 || !map_pages(d, &w, page, phys - off, n4k, bits)))
+            if (unlikely(!len || len >= 1u << 21 || (gapped && n4k > left >> 12) ||
+                         !map_pages(d, &w, page, phys - off, n4k, bits)))
                 break;
         }
         note(d, EV_MAP, page, phys - off, n4k << 12);
-        at = gapped ? page + (n4k << 12) : at + len;
+        at += gapped ? n4k << 12 : len;
+        left -= gapped ? n4k << 12 : len;
     }
     /* the ranges so far lie side by side from the first granule on */
-    uint64_t first = gapped || !n ? iova : iova - (v[0].paddr.v & gm), pages = ((at + gm) >> 12) - (first >> 12);
+    uint64_t first = gapped || !n ? iova : iova - (v[0].paddr.v & gm), pages = (at - first + gm) >> 12;
     if (unlikely(i < n)) {
         uint64_t start = gapped ? iova : iova - (v[0].paddr.v & d->granule_mask);
         pages = i ? pages : 0;
-        return link_any(d, start, (struct linking){ w, at, end, pages, i }, v, n, prot, gapped);
+        return link_any(d, start, (struct linking){ w, at, left, pages, i }, v, n, prot, gapped);
     }
     struct tally t = tally_of(d->counters);
     tally(t, C_PTE_SET, pages);
@@ -297,16 +313,16 @@ static inline __attribute__((always_inline)) int link_pages(struct iommu_domain 
     return 0;
 }
 
-int dom_link_vec(struct iommu_domain *d, uint64_t iova, uint64_t end, const struct phys_vec *v, uint32_t n,
+int dom_link_vec(struct iommu_domain *d, uint64_t iova, uint64_t room, const struct phys_vec *v, uint32_t n,
                  unsigned prot)
 {
-    return link_pages(d, iova, end, v, n, prot, false);
+    return link_pages(d, iova, room, v, n, prot, false);
 }
 
-int dom_link_gapped(struct iommu_domain *d, uint64_t iova, uint64_t end, const struct phys_vec *v, uint32_t n,
+int dom_link_gapped(struct iommu_domain *d, uint64_t iova, uint64_t room, const struct phys_vec *v, uint32_t n,
                     unsigned prot)
 {
-    return link_pages(d, iova, end, v, n, prot, true);
+    return link_pages(d, iova, room, v, n, prot, true);
 }
 
 /* Clear the entries; the tables that fell out wait in *freed for a flush. */
@@ -354,7 +370,17 @@ uint64_t dom_iova_to_phys(struct iommu_domain *d, uint64_t iova)
 {
     unsigned level;
     uint64_t e = pgt_lookup(&d->pgt, iova, &level);
-    return e & PTE_LEAF ? (e & PTE_ADDR) + (iova & ((1ull << level_shift(level)) - 1)) : 0;
+    return e & PTE_LEAF ? (e & PTE_ADDR) + (iova & ((1ull << level_shift(level)) - 1)) : UINT64_MAX;
+}
+
+bool dom_translate(struct iommu_domain *d, uint64_t iova, struct translation *t)
+{
+    unsigned level;
+    uint64_t e = pgt_lookup(&d->pgt, iova, &level), low = (1ull << level_shift(level)) - 1;
+    t->phys = (e & PTE_ADDR) + (iova & low);
+    t->left = low - (iova & low) + 1;
+    t->prot = (unsigned)(e & PTE_PROT);
+    return e & PTE_LEAF;
 }
 
 /* ---- flush queue -------------------------------------------------------------------------------------------------- */
@@ -515,9 +541,24 @@ static int translated_access(struct iommu_domain *d, struct dma_device *dev, uin
     return dma_fault_at(f, iova, done, reason, write);
 }
 
+/* What passes 2^64 is moved up to there. */
+static RARE int access_past_top(struct iommu_domain *d, struct dma_device *dev, uint64_t iova, void *buf, int write,
+                                struct dma_fault *f)
+{
+    uint64_t n = below_top(iova, UINT64_MAX);
+    int rc = dom_bus_access(d, dev, iova, n, buf, write, f);
+    if (rc)
+        return rc;
+    count(d->counters, C_FAULTS, 1);
+    note(d, EV_FAULT, iova + n, DMA_FAULT_NOT_PRESENT, (uint64_t)write);
+    return dma_fault_at(f, iova, n, DMA_FAULT_NOT_PRESENT, write);
+}
+
 int dom_bus_access(struct iommu_domain *d, struct dma_device *dev, uint64_t iova, uint64_t len, void *buf, int write,
                    struct dma_fault *f)
 {
+    if (unlikely(dma_range_wraps(iova, len)))
+        return access_past_top(d, dev, iova, buf, write, f);
     if (likely(!dev->p2p))
         return translated_access(d, dev, iova, len, buf, write, f);
     for (uint64_t done = 0, n, phys; done < len; done += n) {

@@ -70,23 +70,35 @@ void dom_attach(struct iommu_domain *, const struct dma_device *);
 
 /* Granule-aligned IOVA for `size` bytes under the device's masks, or 0 (iommu_dma_alloc_iova). */
 uint64_t dom_alloc_iova(struct iommu_domain *, struct dma_device *, uint64_t size);
+/* For a mapping that begins `off` bytes into its first granule: never at all ones, which stand for "not mapped"
+ * (DMA_MAPPING_ERROR). Linux gives that address out, takes it for an error and loses it. */
+RARE uint64_t dom_alloc_other_iova(struct iommu_domain *, struct dma_device *, uint64_t size, uint64_t instead_of);
+static inline uint64_t dom_alloc_iova_at(struct iommu_domain *d, struct dma_device *dev, uint64_t size, uint64_t off)
+{
+    uint64_t iova = dom_alloc_iova(d, dev, size);
+    return likely(iova + off != UINT64_MAX) ? iova : dom_alloc_other_iova(d, dev, size, iova);
+}
 void dom_free_iova(struct iommu_domain *, uint64_t iova, uint64_t size);
 /* One core map call without IOTLB sync (iommu_map_nosync). */
 int dom_map(struct iommu_domain *, struct pgt_walk *, uint64_t iova, uint64_t phys, uint64_t size, unsigned prot);
 /* n core map calls in one walk; all or nothing. vec: side by side, iova names the first byte; gapped: each range at
- * the next granule, iova is a granule. `end`: first IOVA behind the allocation. -ERANGE: the ranges reach beyond it;
- * -EIO: a range after the first begins inside a granule (vec). */
-int dom_link_vec(struct iommu_domain *, uint64_t iova, uint64_t end, const struct phys_vec *, uint32_t n,
+ * the next granule, iova is a granule. `room`: bytes of the allocation from iova on (gapped: whole granules). -ERANGE: the
+ * ranges need more; -EIO: a range after the first begins inside a granule (vec). */
+int dom_link_vec(struct iommu_domain *, uint64_t iova, uint64_t room, const struct phys_vec *, uint32_t n,
                  unsigned prot);
-int dom_link_gapped(struct iommu_domain *, uint64_t iova, uint64_t end, const struct phys_vec *, uint32_t n,
+int dom_link_gapped(struct iommu_domain *, uint64_t iova, uint64_t room, const struct phys_vec *, uint32_t n,
                     unsigned prot);
 /* One core unmap call and one ranged flush, at once (iommu_unmap). Returns bytes unmapped. */
 uint64_t dom_unmap(struct iommu_domain *, uint64_t iova, uint64_t size);
 /* What the classic unmap does: strict flushes and frees, lazy queues (__iommu_dma_unmap). Returns bytes unmapped. */
 uint64_t dom_unmap_free(struct iommu_domain *, uint64_t iova, uint64_t size);
 RARE void dom_sync_flush(struct iommu_domain *, uint64_t iova, uint64_t size);
-/* Exact byte behind an IOVA, or 0 (iommu_iova_to_phys). */
+/* Exact byte behind an IOVA, or all ones (iommu_iova_to_phys, whose 0 is an address too). */
 uint64_t dom_iova_to_phys(struct iommu_domain *, uint64_t iova);
+/* The same with the page's protection, and the bytes to its end; false where nothing is mapped: to the end of what no table
+ * covers. */
+struct translation { uint64_t phys, left; unsigned prot; };
+bool dom_translate(struct iommu_domain *, uint64_t iova, struct translation *);
 
 /* One flush of everything a domain has cached, in its two halves: what is queued between them waits for the next. */
 void dom_flush_begin(struct iommu_domain *);

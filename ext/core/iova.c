@@ -458,8 +458,9 @@ out:
 
 void iova_depot_trim(struct iova_domain *d, uint64_t now_ns)
 {
-    while (now_ns - d->trimmed_at >= IOVA_TRIM_NS) {
+    for (bool trimmed = true; trimmed && now_ns - d->trimmed_at >= IOVA_TRIM_NS;) {
         d->trimmed_at += IOVA_TRIM_NS;
+        trimmed = false;
         for (unsigned o = 0; o < IOVA_ORDERS; o++) {
             struct iova_depot *q = &d->depot[o];
             struct iova_mag *m = NULL;
@@ -470,9 +471,11 @@ void iova_depot_trim(struct iova_domain *d, uint64_t now_ns)
             if (m) {
                 mag_empty(d, m);
                 free(m);
+                trimmed = true;
             }
         }
     }
+    d->trimmed_at = now_ns - (now_ns - d->trimmed_at) % IOVA_TRIM_NS; /* the rounds that had nothing to do */
 }
 
 uint64_t iova_cached_ranges(struct iova_domain *d)

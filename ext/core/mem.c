@@ -137,18 +137,33 @@ static void line_drop(unsigned char *cpu, struct ram_page *p, unsigned at)
     memcpy(p->agreed + at, p->ram + at, CACHE_LINE);
 }
 
+/* Bytes from a page's address to where the next frame could be, by the table that has none for this one. */
+static uint64_t gap_after(const struct phys_mem *m, uint64_t phys)
+{
+    void *const *t = m->root;
+    int shift = TOP_SHIFT;
+    for (; t && shift > 12; shift -= 10)
+        t = t[(phys >> shift) & (FANOUT - 1)];
+    uint64_t span = t ? 4096 : 1ull << (shift + 10);
+    return span - (phys & (span - 1));
+}
+
 static void lines(struct phys_mem *m, uint64_t phys, uint64_t len, bool drop)
 {
-    uint64_t end = phys + len;
-    if (!m || !len)
+    if (!m || !len || phys >> MEM_PHYS_BITS)
         return;
+    uint64_t last = phys + (below_top(phys, len) - 1), end = 1ull << MEM_PHYS_BITS;
+    end = last < end ? last + 1 : end;
     phys_mem_read_lock(m);
     lock_acquire(&m->ram_lock);
-    for (uint64_t at = phys & ~(uint64_t)(CACHE_LINE - 1); at < end; at += CACHE_LINE) {
+    for (uint64_t at = phys & ~(uint64_t)(CACHE_LINE - 1), n; at < end; at += n) {
         unsigned char *cpu;
         struct ram_page *p;
-        if (!ram_of(m, at, &cpu, &p))
+        n = CACHE_LINE;
+        if (!ram_of(m, at, &cpu, &p)) {
+            n = gap_after(m, at);
             continue;
+        }
         if (!drop || at < phys || at + CACHE_LINE > end)
             line_clean(cpu, p, at & 4095);
         if (drop)

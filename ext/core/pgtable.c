@@ -309,6 +309,7 @@ static void drop_covered(struct pgt_table **path, unsigned from, unsigned top, u
 uint64_t pgt_unmap(struct pgt *p, uint64_t iova, uint64_t size, struct pgt_delta *d, struct pgt_freelist *freed)
 {
     uint64_t done = 0, top = load_acquire(&p->top);
+    size = below_top(iova, size);
     struct pgt_table *path[TOP_LEVEL_MAX + 1];
     if (!covers(top_level(top), iova))
         return 0;
@@ -345,6 +346,7 @@ uint64_t pgt_lookup(struct pgt *p, uint64_t iova, unsigned *level)
 {
     uint64_t top = load_acquire(&p->top), e;
     unsigned l = top_level(top);
+    *level = TOP_LEVEL_MAX;
     if (!covers(l, iova))
         return 0;
     struct pgt_table *t = top_table(top);

@@ -111,6 +111,6 @@ static inline uint64_t pgt_unmap_pages(const struct pgt *p, uint64_t iova, uint6
     return k;
 }
 
-/* The leaf entry for iova and its level, or 0. */
+/* The leaf entry for iova and its level, or 0 and the level of the entry that is empty. */
 uint64_t pgt_lookup(struct pgt *, uint64_t iova, unsigned *level);
 #endif

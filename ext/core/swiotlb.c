@@ -178,7 +178,7 @@ static bool pool_place(struct swiotlb *p, struct tlb_pool *q)
 {
     q->start = p->next_start;
     for (int tries = 0; tries < 256; tries++, q->start += TLB_MAX_MAPPING) {
-        bool taken = false;
+        bool taken = q->start + ((uint64_t)q->slots << TLB_SHIFT) > 1ull << MEM_PHYS_BITS;
         for (struct tlb_pool *o = p->grown; o && !taken; o = o->next)
             taken = overlaps(o, q);
         uint64_t i = 0, frames = p->mem && !taken ? frames_of(q) : 0;
@@ -336,7 +336,7 @@ static int pool_map(struct swiotlb *p, const struct swiotlb_want *w, uint64_t or
     uint64_t offset = align_offset(w, orig), need = (size + offset + w->alloc_align_mask) & ~w->alloc_align_mask;
     uint32_t pad, n = slots_of(need), data;
     int64_t first = -1;
-    if (need > TLB_MAX_MAPPING || fail_now(&p->fail))
+    if (size > TLB_MAX_MAPPING || need > TLB_MAX_MAPPING || fail_now(&p->fail))
         return -ENOMEM;
     if (unlikely(p->dynamic && load_relaxed(&p->grow)))
         run_worker(p);

@@ -88,5 +88,8 @@ static inline uint64_t counter_read(const struct counters *c, unsigned what)
     return sum;
 }
 
+/* Bytes from `first` on that lie below 2^64, at most `size`. */
+static inline uint64_t below_top(uint64_t first, uint64_t size) { return first && size > -first ? -first : size; }
+
 static inline unsigned order_base_2(uint64_t n) { return n <= 1 ? 0 : 64 - (unsigned)__builtin_clzll(n - 1); }
 #endif

@@ -8,7 +8,7 @@
 static bool dma_moves(struct nvme_ctrl *c, uint64_t addr, void *buf, uint64_t n, bool to_host)
 {
     struct dma_fault fault;
-    if (addr + n < addr)
+    if (dma_range_wraps(addr, n))
         return false;
     return c->dev->bus->access(c->dev, dma_addr(addr), n, buf, to_host, &fault) == 0;
 }
@@ -30,7 +30,8 @@ static int add_extent(struct nvme_ctrl *c, struct nvme_list *l, uint64_t addr, u
 {
     struct nvme_extent *last = l->n ? &l->e[l->n - 1] : NULL;
     l->bytes += len;
-    if (last && !bucket && !last->bucket && last->addr + last->len == addr && last->len + len < UINT32_MAX) {
+    if (last && !bucket && !last->bucket && addr && last->addr + last->len == addr &&
+        last->len + len < UINT32_MAX) {
         last->len += (uint32_t)len; /* neighbours are one access */
         return NVME_OK;
     }
@@ -115,7 +116,7 @@ static int walk_sgl(struct nvme_ctrl *c, struct nvme_sgl d, uint64_t bytes, bool
         case NVME_SGL_DATA:
             if (ends && !last)
                 return refuse(c, NVME_SGL_SEGMENT, AT_SGL_TYPE, 4);
-            if (d.len && d.addr + d.len < d.addr)
+            if (dma_range_wraps(d.addr, d.len))
                 return refuse(c, NVME_DATA_TRANSFER, AT_DPTR, 0);
             if (l->bytes + d.len > bytes)
                 return refuse(c, too_long, AT_SGL_LEN, 0);
@@ -374,7 +375,7 @@ static int create_cq(struct nvme_ctrl *c, const struct nvme_cmd *cmd)
         return refuse(c, NVME_BAD_FIELD, AT_CDW11, 0);
     if (cmd->cdw11 >> 16 >= NVME_QUEUES)
         return refuse(c, NVME_VECTOR, AT_CDW11 + 2, 0);
-    if (cmd->prp1 & (NVME_PAGE - 1))
+    if (cmd->prp1 & (NVME_PAGE - 1) || dma_range_wraps(cmd->prp1, size * sizeof(struct nvme_cqe)))
         return refuse(c, NVME_PRP_OFFSET, AT_DPTR, 0);
     c->cq[id] = (struct nvme_cq){ cmd->prp1, size, 0, 0, 0, true, true };
     return NVME_OK;
@@ -391,7 +392,7 @@ static int create_sq(struct nvme_ctrl *c, const struct nvme_cmd *cmd)
         return refuse(c, NVME_QSIZE, AT_CDW10 + 2, 0);
     if (!(cmd->cdw11 & 1))
         return refuse(c, NVME_BAD_FIELD, AT_CDW11, 0);
-    if (cmd->prp1 & (NVME_PAGE - 1))
+    if (cmd->prp1 & (NVME_PAGE - 1) || dma_range_wraps(cmd->prp1, size * sizeof(struct nvme_cmd)))
         return refuse(c, NVME_PRP_OFFSET, AT_DPTR, 0);
     c->sq[id] = (struct nvme_sq){ cmd->prp1, size, 0, 0, cq, true };
     c->cq[cq].users++;
@@ -566,7 +567,8 @@ void nvme_reset(struct nvme_ctrl *c)
 static void enable(struct nvme_ctrl *c)
 {
     uint32_t sq = (c->aqa & 0xfff) + 1, cq = (c->aqa >> 16 & 0xfff) + 1;
-    bool fits = (c->cc & 0x7f0) == 0 && (c->cc >> 11 & 7) == 0; /* NVM command set, pages of 4 KiB, round robin */
+    bool fits = (c->cc & 0x7f0) == 0 && (c->cc >> 11 & 7) == 0 && /* NVM command set, pages of 4 KiB, round robin */
+                !dma_range_wraps(c->asq, sq * sizeof(struct nvme_cmd)) && !dma_range_wraps(c->acq, cq * sizeof(struct nvme_cqe));
     nvme_reset(c);
     if (!fits || sq < 2 || cq < 2 || (c->asq | c->acq) & (NVME_PAGE - 1)) {
         fatal(c);

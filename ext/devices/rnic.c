@@ -6,7 +6,7 @@ enum { NOT_READY = -1 };
 static bool bus(struct rnic *h, uint64_t addr, void *buf, uint64_t n, bool to_host)
 {
     struct dma_fault fault;
-    if (addr + n < addr || h->dev->bus->access(h->dev, dma_addr(addr), n, buf, to_host, &fault)) {
+    if (dma_range_wraps(addr, n) || h->dev->bus->access(h->dev, dma_addr(addr), n, buf, to_host, &fault)) {
         h->faults++;
         return false;
     }
@@ -25,8 +25,10 @@ static struct rnic_mkey *mkey_of(struct rnic *h, uint32_t key)
 /* May [addr, addr + n) be used under a key for `access`? (rxe's lookup_mr and mr_check_range.) Nothing is asked of 0 bytes. */
 static bool allowed(struct rnic *h, uint32_t pd, uint32_t key, uint64_t addr, uint64_t n, uint32_t access, bool local)
 {
-    if (!n || (local && !key))
+    if (!n)
         return true;
+    if (local && !key)
+        return !dma_range_wraps(addr, n);
     const struct rnic_mkey *m = mkey_of(h, key);
     return m && m->valid && m->pd == pd && (m->access & access) == access && addr >= m->iova && n <= m->length &&
            addr - m->iova <= m->length - n;
@@ -57,7 +59,8 @@ static bool move_keyed(struct rnic *h, uint32_t key, uint64_t addr, uint8_t *buf
                 return false;
         }
         uint64_t base = table[page - first];
-        while (take < n && page + 1 < first + have && table[page + 1 - first] == table[page - first] + RNIC_PAGE) {
+        while (take < n && page + 1 < first + have && table[page + 1 - first] &&
+               table[page + 1 - first] == table[page - first] + RNIC_PAGE) {
             uint64_t more = n - take < RNIC_PAGE ? n - take : RNIC_PAGE; /* neighbours are one access */
             take += more;
             page++;
@@ -80,15 +83,22 @@ static bool invalidate(struct rnic *h, uint32_t pd, uint32_t key)
     return true;
 }
 
+/* Do `length` bytes at iova fit a key of so many pages, and does its table of them end below 2^64? */
+static bool key_fits(uint64_t iova, uint64_t length, uint64_t mtt, uint32_t pages)
+{
+    uint64_t last = (iova & (RNIC_PAGE - 1)) + (length - 1); /* from the start of the first page */
+    return length && last >= length - 1 && !dma_range_wraps(iova, length) && last / RNIC_PAGE < pages &&
+           !dma_range_wraps(mtt, pages * 8ull);
+}
+
 /* Fast registration: only the low 8 bits of a key are the consumer's to choose (rxe_reg_fast_mr). */
 static bool reg_mr(struct rnic *h, uint32_t pd, const struct rnic_wqe *w)
 {
     uint32_t i = w->rkey >> 8;
     struct rnic_mkey *m = i && i < RNIC_MKEYS ? &h->mkey[i] : NULL;
-    uint64_t span = (w->remote_addr & (RNIC_PAGE - 1)) + w->compare;
-    if (!m || !m->live || m->valid || m->pd != pd || !w->compare || span < w->compare || w->imm & ~15u ||
+    if (!m || !m->live || m->valid || m->pd != pd || w->imm & ~15u ||
         (w->imm & (RNIC_REMOTE_WRITE | RNIC_REMOTE_ATOMIC) && !(w->imm & RNIC_LOCAL_WRITE)) ||
-        w->remote_addr + (w->compare - 1) < w->remote_addr || (span + RNIC_PAGE - 1) / RNIC_PAGE > m->pages)
+        !key_fits(w->remote_addr, w->compare, w->swap, m->pages))
         return false;
     m->variant = (uint8_t)w->rkey;
     m->access = w->imm;
@@ -417,12 +427,15 @@ static int free_place(const bool *live, size_t step, uint32_t n)
     return -ENOSPC;
 }
 
-static bool ring_ok(uint64_t addr, uint32_t entries) { return entries && entries <= 1u << 16 && !(addr & 63); }
+static bool ring_ok(uint64_t addr, uint32_t entries, uint32_t stride)
+{
+    return entries && entries <= 1u << 16 && !(addr & 63) && !dma_range_wraps(addr, (uint64_t)entries * stride);
+}
 
 static int create_qp(struct rnic *h, const struct rnic_command *c)
 {
-    if (!ring_ok(c->qp.sq, c->qp.sq_entries) || !ring_ok(c->qp.rq, c->qp.rq_entries) || c->qp.send_cq >= RNIC_CQS ||
-        c->qp.recv_cq >= RNIC_CQS || !h->cq[c->qp.send_cq].live || !h->cq[c->qp.recv_cq].live || !c->qp.pd)
+    if (!ring_ok(c->qp.sq, c->qp.sq_entries, RNIC_STRIDE) || !ring_ok(c->qp.rq, c->qp.rq_entries, RNIC_STRIDE) ||
+        c->qp.send_cq >= RNIC_CQS || c->qp.recv_cq >= RNIC_CQS || !h->cq[c->qp.send_cq].live || !h->cq[c->qp.recv_cq].live || !c->qp.pd)
         return -EINVAL;
     int n = free_place(&h->qp[0].live, sizeof(h->qp[0]), RNIC_QPS);
     if (n < 0)
@@ -458,12 +471,10 @@ static int modify_qp(struct rnic *h, const struct rnic_command *c)
 
 static int create_mkey(struct rnic *h, const struct rnic_command *c)
 {
-    uint64_t span = (c->mkey.iova & (RNIC_PAGE - 1)) + c->mkey.length;
     bool empty = c->mkey.flags & RNIC_MKEY_FREE;
     if (!c->mkey.pd || !c->mkey.pages || c->mkey.pages > 1u << 20 || c->mkey.access & ~15u)
         return -EINVAL;
-    if (!empty && (!c->mkey.length || span < c->mkey.length || c->mkey.iova + (c->mkey.length - 1) < c->mkey.iova ||
-                   (span + RNIC_PAGE - 1) / RNIC_PAGE > c->mkey.pages))
+    if (!empty && !key_fits(c->mkey.iova, c->mkey.length, c->mkey.mtt, c->mkey.pages))
         return -EINVAL;
     for (uint32_t tried = 0; tried < RNIC_MKEYS; tried++) {
         uint32_t i = h->next_key++ % RNIC_MKEYS; /* a key comes back as late as possible */
@@ -494,7 +505,7 @@ static int command(struct rnic *h, const struct rnic_command *c)
     int n;
     switch (c->op) {
     case RNIC_CREATE_CQ:
-        if (!ring_ok(c->cq.addr, c->cq.entries))
+        if (!ring_ok(c->cq.addr, c->cq.entries, sizeof(struct rnic_cqe)))
             return -EINVAL;
         n = free_place(&h->cq[0].live, sizeof(h->cq[0]), RNIC_CQS);
         if (n > 0)

@@ -33,6 +33,9 @@ static inline phys_addr_t phys_addr(uint64_t v) { phys_addr_t a = { v }; return 
 static inline dma_addr_t dma_addr(uint64_t v) { dma_addr_t a = { v }; return a; }
 static inline iova_t iova_addr(uint64_t v) { iova_t a = { v }; return a; }
 
+/* A range is its first byte and its size: one that ends at 2^64 has no end that 64 bits hold. Does it pass that? */
+static inline bool dma_range_wraps(uint64_t first, uint64_t size) { return size && first + (size - 1) < first; }
+
 #define DMA_MAPPING_ERROR_V UINT64_MAX /* the value of a dma_addr_t that stands for "not mapped" */
 
 enum dma_data_direction { DMA_BIDIRECTIONAL = 0, DMA_TO_DEVICE = 1, DMA_FROM_DEVICE = 2, DMA_NONE = 3 };
