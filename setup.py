@@ -22,6 +22,7 @@ MODULES = {
     "dmapath.memory": MEM,
     "dmapath.xen": MEM,
     "dmapath.swiotlb": ["ext/core/swiotlb.c", *MEM],
+    "dmapath._callbacks": [],
     "dmapath.request": [],
     "dmapath.bio": [],
     "dmapath.mr": [],

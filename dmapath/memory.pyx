@@ -5,6 +5,7 @@ import random
 import struct
 import threading
 import weakref
+from contextlib import contextmanager
 
 cimport cython
 from cpython.buffer cimport (
@@ -256,14 +257,8 @@ cdef class PhysMemory:
             raise DmaValueError(f"offset + length within {self.size} bytes", argument="length", value=length)
         first, last = offset // PAGE, (offset + length + PAGE - 1) // PAGE
         with self.moving:
-            told = list(self.notifiers)
-            for notifier in told:
-                notifier.invalidate_start(self, first * PAGE, (last - first) * PAGE)
-            try:
+            with _told(self, first * PAGE, (last - first) * PAGE):
                 self._move(first, _synthetic(self, last - first, "scattered", first))
-            finally:
-                for notifier in told:
-                    notifier.invalidate_end()
 
     def discard(self, offset, length):
         """Give whole pages of the arena back to the machine (fallocate with FALLOC_FL_PUNCH_HOLE; for a file that is mapped,
@@ -282,16 +277,10 @@ cdef class PhysMemory:
         cdef long at = offset, n = length
         cdef int rc = 0, code = 0
         with self.moving:
-            told = list(self.notifiers)
-            for notifier in told:
-                notifier.invalidate_start(self, offset, length)
-            try:
+            with _told(self, offset, length):
                 with nogil:
                     rc = fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, n)
                     code = errno
-            finally:
-                for notifier in told:
-                    notifier.invalidate_end()
         if rc:
             raise error_for(code, "the pages cannot be given back (fallocate)", "length", length)
 
@@ -330,6 +319,20 @@ cdef class PhysMemory:
             phys_mem_read_unlock(self.mem)
             if done != <uint64_t>view.shape[0]:
                 raise DmaValueError("no memory there", argument="phys", value=at + done)
+
+
+@contextmanager
+def _told(memory, offset, length):
+    """Tell everybody who asked that pages go, and when they have gone; who was told before another one failed, too."""
+    told = []
+    try:
+        for notifier in list(memory.notifiers):
+            notifier.invalidate_start(memory, offset, length)
+            told.append(notifier)
+        yield
+    finally:
+        for notifier in told:
+            notifier.invalidate_end()
 
 
 def _synthetic(memory, n, layout, seed):

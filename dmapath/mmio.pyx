@@ -1,11 +1,10 @@
 # cython: language_level=3
 """Registers between drivers and devices, for those of either that are written in Python."""
-import sys
-
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from libc.stdint cimport UINT64_MAX, uint64_t
 from libc.stdlib cimport free, malloc
 
+from dmapath._callbacks cimport enter, leave, show
 from dmapath.abi cimport DMAPATH_MMIO_CAPSULE, dma_mmio
 
 from dmapath.addr import as_length
@@ -13,26 +12,35 @@ from dmapath.errors import AddressTypeError, DmaValueError
 
 
 cdef uint64_t py_read(void *owner, uint64_t offset, unsigned int width) noexcept with gil:
+    enter()
     try:
         return (<object>owner).read_register(offset, width)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as e:
+        show(e)
         return UINT64_MAX  # what a bus reads from where nobody answers
+    finally:
+        leave()
 
 
 cdef void py_write(void *owner, uint64_t offset, unsigned int width, uint64_t value) noexcept with gil:
+    enter()
     try:
         (<object>owner).write_register(offset, width, value)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as e:
+        show(e)
+    finally:
+        leave()
 
 
 cdef int py_relax(void *owner) noexcept with gil:
+    enter()
     try:
         return (<object>owner).work()
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as e:
+        show(e)
         return 0
+    finally:
+        leave()
 
 
 cdef void forget(object capsule) noexcept:
@@ -44,7 +52,7 @@ def registers(owner):
 
     ``owner`` has ``read_register(offset, width)``, ``write_register(offset, width, value)`` and ``work()``, which does what
     there is to do and returns how much that was. It must outlive the capsule, as it does where it holds it itself. A method
-    that raises is shown by sys.excepthook; a read then gives all ones.
+    that raises is shown by sys.unraisablehook; a read then gives all ones.
     """
     cdef dma_mmio *regs
     for name in ("read_register", "write_register", "work"):

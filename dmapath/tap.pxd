@@ -17,5 +17,7 @@ cdef class Tap:
     cdef readonly bint need_unmap
     cdef int begin(self, Call call)
     cdef int finish(self, Call call, int rc)
+    cdef int ask(self, observer, Call call) noexcept
+    cdef void tell(self, observer, Call call) noexcept
     cdef void put(self, dma_device *dev)
     cdef void take(self, dma_device *dev)

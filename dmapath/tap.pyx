@@ -8,22 +8,23 @@ A device that nobody observes has no tap, and its calls cost what they cost. An 
 * ``after(call)``: the call with its result, ``call.rc`` (0 or more, or a negative errno)
 
 and, as attribute ``need_unmap = True``, the wish that drivers keep and unmap every address (dma_need_unmap under
-CONFIG_DMA_API_DEBUG). Calls that a back end makes of its own table are not shown. While a device is observed its calls hold
-the GIL, and so take turns.
+CONFIG_DMA_API_DEBUG). What an observer raises is shown by sys.unraisablehook and changes nothing. Calls of a back end to its
+own table are not shown. While a device is observed its calls hold the GIL, and so take turns.
 """
 import os
 import sys
-from types import SimpleNamespace
 
 cimport cython
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.string cimport memset
 
+from dmapath._callbacks cimport enter, leave, show
 from dmapath.abi cimport (
     DMA_FAULT_NOT_PRESENT, dma_addr_t, dma_data_direction, dma_device, dma_fault, dma_fault_at, dma_iova_size,
     dma_iova_state, dma_seg, phys_addr_t, phys_vec,
 )
 
+from dmapath.errors import DmaValueError
 from dmapath.request import DIRECTIONS
 
 cdef extern from *:
@@ -94,12 +95,6 @@ cdef list seg_list(const dma_seg *s, uint32_t n):
     return [(s[i].addr.v, s[i].len) for i in range(n)]
 
 
-cdef void complain(object observer, object error):
-    # an observer's own bug must not change what the driver sees
-    sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__,
-                                       err_msg="Exception ignored in an observer", object=observer))
-
-
 @cython.no_gc_clear  # a device calls through its table
 cdef class Tap:
     """The table between; made and dropped by ``Device.attach`` and ``Device.detach``."""
@@ -155,18 +150,15 @@ cdef class Tap:
     cdef int begin(self, Call call):
         # 0: go on, inside the call from now; else the refusal, which everybody has been told of
         global dmapath_tap_depth
-        for observer in self.observers:
-            try:
-                refuse = observer.before(call) if hasattr(observer, "before") else None
-            except Exception as e:
-                complain(observer, e)
-                continue
+        cdef int refuse
+        for observer in list(self.observers):
+            refuse = self.ask(observer, call)
             if refuse:
-                call.rc = 0 if call.op == "iova_try_alloc" else -abs(refuse)  # that one says no by 0
-                for told in self.observers:
+                call.rc = 0 if call.op == "iova_try_alloc" else -refuse  # that one says no by 0
+                for told in list(self.observers):
                     if told is not observer:
                         self.tell(told, call)
-                return -abs(refuse)
+                return -refuse
         dmapath_tap_depth += 1
         return 0
 
@@ -174,16 +166,33 @@ cdef class Tap:
         global dmapath_tap_depth
         dmapath_tap_depth -= 1
         call.rc = rc
-        for observer in self.observers:
+        for observer in list(self.observers):
             self.tell(observer, call)
         return rc
 
-    def tell(self, observer, call):
+    # the errno by which an observer refuses a call, or 0
+    cdef int ask(self, observer, Call call) noexcept:
+        enter()
+        try:
+            refuse = observer.before(call) if hasattr(observer, "before") else None
+            if refuse and not (isinstance(refuse, int) and 0 < abs(refuse) < 4096):
+                raise DmaValueError("an errno", argument="before", value=refuse)
+            return abs(refuse) if refuse else 0
+        except BaseException as e:
+            show(e)
+            return 0
+        finally:
+            leave()
+
+    cdef void tell(self, observer, Call call) noexcept:
+        enter()
         try:
             if hasattr(observer, "after"):
                 observer.after(call)
-        except Exception as e:
-            complain(observer, e)
+        except BaseException as e:
+            show(e)
+        finally:
+            leave()
 
 
 cdef int tap_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_direction dir, unsigned long attrs,

@@ -22,14 +22,13 @@ a DmaError, whose errno the caller sees. Addresses and sizes are plain integers 
 ``counters``          () -> dict, shown by Device.counters()
 ====================  =========================================================================================
 """
-import sys
-
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EIO
 from libc.stdint cimport UINT64_MAX, uint64_t
 from libc.string cimport memcpy, memset
 
+from dmapath._callbacks cimport enter, leave, show
 from dmapath.abi cimport (
     DMA_FAULT_NOT_PRESENT, DMAPATH_ABI, dma_addr_t, dma_bus_ops, dma_data_direction, dma_device, dma_fault,
     dma_fault_at, dma_iova_size, dma_iova_state, dma_ops, dma_ops_init, phys_addr_t,
@@ -47,11 +46,11 @@ cdef object owner_of(dma_device *dev):
     return (<PythonBackend>dev.priv).owner
 
 
-cdef int failed(object error) except 0:
-    # a bug in the back end must not pass for a refusal without a word
-    if isinstance(error, DmaError):
-        return -(error.errno or EIO)
-    sys.excepthook(type(error), error, error.__traceback__)
+# -errno of what a method raised; a bug in the back end must not pass for a refusal without a word
+cdef int failed(object error) noexcept:
+    if isinstance(error, DmaError) and isinstance(error.errno, int) and 0 < error.errno < 4096:
+        return -error.errno
+    show(error)
     return -EIO
 
 
@@ -61,24 +60,31 @@ cdef tuple state_of(dma_iova_state *st):
 
 cdef int py_map_phys(dma_device *dev, phys_addr_t phys, uint64_t size, dma_data_direction dir, unsigned long attrs,
                      dma_addr_t *out) noexcept with gil:
+    enter()
     try:
         out.v = UINT64_MAX
         out.v = owner_of(dev).map_phys(phys.v, size, _DIRS[<int>dir], attrs)
         return 0
-    except Exception as e:
+    except BaseException as e:
         return failed(e)
+    finally:
+        leave()
 
 
 cdef int py_unmap_phys(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir,
                        unsigned long attrs) noexcept with gil:
+    enter()
     try:
         owner_of(dev).unmap_phys(addr.v, size, _DIRS[<int>dir], attrs)
         return 0
-    except Exception as e:
+    except BaseException as e:
         return failed(e)
+    finally:
+        leave()
 
 
 cdef int py_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t size) noexcept with gil:
+    enter()
     try:
         memset(st, 0, sizeof(dma_iova_state))
         addr = owner_of(dev).iova_try_alloc(phys.v, size)
@@ -86,74 +92,116 @@ cdef int py_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uin
             return 0
         st.addr.v, st.size = addr, size
         return 1
-    except Exception as e:
+    except BaseException as e:
         failed(e)
         return 0
+    finally:
+        leave()
 
 
 cdef int py_link(dma_device *dev, dma_iova_state *st, phys_addr_t phys, uint64_t offset, uint64_t size,
                  dma_data_direction dir, unsigned long attrs) noexcept with gil:
+    enter()
     try:
         owner_of(dev).iova_link(state_of(st), phys.v, offset, size, _DIRS[<int>dir], attrs)
         return 0
-    except Exception as e:
+    except BaseException as e:
         return failed(e)
+    finally:
+        leave()
 
 
 cdef int py_sync(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64_t size) noexcept with gil:
+    enter()
     try:
         owner_of(dev).iova_sync(state_of(st), offset, size)
         return 0
-    except Exception as e:
+    except BaseException as e:
         return failed(e)
+    finally:
+        leave()
 
 
 cdef int py_unlink(dma_device *dev, dma_iova_state *st, uint64_t offset, uint64_t size, dma_data_direction dir,
                    unsigned long attrs) noexcept with gil:
+    enter()
     try:
         owner_of(dev).iova_unlink(state_of(st), offset, size, _DIRS[<int>dir], attrs)
         return 0
-    except Exception as e:
+    except BaseException as e:
         return failed(e)
+    finally:
+        leave()
 
 
 cdef int py_free(dma_device *dev, dma_iova_state *st) noexcept with gil:
+    enter()
     try:
         owner_of(dev).iova_free(state_of(st))
         return 0
-    except Exception as e:
+    except BaseException as e:
         return failed(e)
+    finally:
+        leave()
 
 
 cdef int py_sync_for_cpu(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir) noexcept with gil:
+    enter()
     try:
         owner_of(dev).sync_for_cpu(addr.v, size, _DIRS[<int>dir])
         return 0
-    except Exception as e:
+    except BaseException as e:
         return failed(e)
+    finally:
+        leave()
 
 
 cdef int py_sync_for_device(dma_device *dev, dma_addr_t addr, uint64_t size, dma_data_direction dir) noexcept with gil:
+    enter()
     try:
         owner_of(dev).sync_for_device(addr.v, size, _DIRS[<int>dir])
         return 0
-    except Exception as e:
+    except BaseException as e:
         return failed(e)
+    finally:
+        leave()
 
 
 cdef uint64_t py_merge_boundary(dma_device *dev) noexcept with gil:
-    return owner_of(dev).merge_boundary
+    enter()
+    try:
+        return owner_of(dev).merge_boundary
+    except BaseException as e:
+        show(e)
+        return 0
+    finally:
+        leave()
 
 
 cdef int py_need_unmap(dma_device *dev) noexcept with gil:
-    return bool(owner_of(dev).need_unmap)
+    enter()
+    try:
+        return bool(owner_of(dev).need_unmap)
+    except BaseException as e:
+        show(e)
+        return 0
+    finally:
+        leave()
 
 
 cdef int py_is_bounced(dma_device *dev, dma_addr_t addr) noexcept with gil:
-    return bool(owner_of(dev).is_bounced(addr.v))
+    enter()
+    try:
+        return bool(owner_of(dev).is_bounced(addr.v))
+    except BaseException as e:
+        show(e)
+        return 0
+    finally:
+        leave()
 
 
 cdef int py_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int write, dma_fault *fault) noexcept with gil:
+    enter()
     try:
         if write:
             owner_of(dev).write(addr.v, PyBytes_FromStringAndSize(<char *>buf, n))
@@ -163,9 +211,13 @@ cdef int py_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int 
             raise DmaFault("the back end read another number of bytes", iova=addr.v)
         memcpy(buf, PyBytes_AS_STRING(data), n)
         return 0
-    except Exception as e:
+    except BaseException as e:
         failed(e)
-        return dma_fault_at(fault, addr.v, getattr(e, "done", 0), DMA_FAULT_NOT_PRESENT, write)
+        done = getattr(e, "done", 0)
+        return dma_fault_at(fault, addr.v, done if isinstance(done, int) and 0 <= done <= n else 0, DMA_FAULT_NOT_PRESENT,
+                            write)
+    finally:
+        leave()
 
 
 cdef dma_bus_ops py_bus
@@ -212,13 +264,16 @@ cdef class PythonBackend(Backend):
         return 0
 
     cdef int map_coherent(self, dma_device *dev, uint64_t phys, uint64_t size, dma_addr_t *out) noexcept:
+        enter()
         try:
             if not hasattr(self.owner, "map_coherent"):
                 return Backend.map_coherent(self, dev, phys, size, out)
             out.v = self.owner.map_coherent(phys, size)
             return 0
-        except Exception as e:
+        except BaseException as e:
             return failed(e)
+        finally:
+            leave()
 
     def counters(self):
         """The owner's own ``counters()``, over zeros for what it does not count."""
