@@ -116,11 +116,39 @@ def as_iova(value: int, argument: str = "iova") -> int:
 
 def as_length(value: int, argument: str = "size", *, least: int = 1, last: int = 2**63 - 1) -> int:
     """``value`` as bytes: an integer that is no address, from ``least`` to ``last``."""
+    return _within(value, argument, least, last, "a number of bytes", " bytes")
+
+
+def as_count(value: int, argument: str, *, least: int = 0, last: int = 2**31 - 1) -> int:
+    """``value`` as a plain number: an integer that is no address, from ``least`` to ``last``."""
+    return _within(value, argument, least, last, "an integer", "")
+
+
+def as_bits(value: int, argument: str, bits: int) -> int:
+    """``value`` as a bit pattern of so many bits: an integer that is no address."""
+    return _within(value, argument, 0, 2**bits - 1, "an integer", "")
+
+
+def as_remote(value: int, argument: str = "remote_addr") -> int:
+    """``value`` as a plain integer that stands for an address at another end, of whatever kind it is there."""
+    return as_bits(int(value) if isinstance(value, _Address) else value, argument, 64)
+
+
+def as_seconds(value: float, argument: str = "timeout") -> float:
+    """``value`` as a time in seconds: 0 to a year."""
+    if isinstance(value, (_Address, bool)) or not isinstance(value, (int, float)):
+        raise AddressTypeError("seconds are wanted", argument=argument, value=value)
+    if not 0 <= value <= 3e7:
+        raise DmaValueError("0 to 3e7 seconds", argument=argument, value=value)
+    return float(value)
+
+
+def _within(value: int, argument: str, least: int, last: int, what: str, unit: str) -> int:
     if isinstance(value, (_Address, bool)) or not hasattr(value, "__index__"):
-        raise AddressTypeError("a number of bytes is wanted", argument=argument, value=value)
+        raise AddressTypeError(f"{what} is wanted", argument=argument, value=value)
     value = value.__index__()
     if not least <= value <= last:
-        raise DmaValueError(f"{least} to {last:#x} bytes", argument=argument, value=value)
+        raise DmaValueError(f"{least} to {last if last < 1 << 20 else hex(last)}{unit}", argument=argument, value=value)
     return value
 
 

@@ -52,6 +52,7 @@ cdef class CoherentBuffer:
     cdef void let_go(self) noexcept
     cdef int views
     cdef make(self, Device device, size_t size)
+    cdef int must_live(self) except -1
     cdef tell(self, op)
     cdef release(self)
 
@@ -62,9 +63,17 @@ cdef class Mapping:
     cdef readonly Device device
     cdef readonly Mappable request
     cdef list segments_
-    cdef list read_all(self)
-    cdef Segment step(self)
     cdef bint live, ended
+    cdef bint maps  # each segment is mapped when it is asked for
     cdef Py_ssize_t at
     cdef int layout_, policy
     cdef size_t kept
+    cdef Segment step(self)
+    cdef int end(self) noexcept
+    cdef size_t state_bytes(self) noexcept
+    cdef int must_live(self) except -1
+    cdef bint is_whole(self) noexcept
+    cdef bint may_bounce(self) noexcept
+    cdef list whole(self)
+    cdef list read_all(self)
+    cdef list mapped(self)

@@ -17,7 +17,8 @@ from libc.string cimport memset
 from dmapath._core cimport phys_mem_host, swiotlb_map, swiotlb_unmap, swiotlb_want
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
-    DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_PER_RANGE,
+    DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_LAYOUT_BOUNCED, DMA_LAYOUT_DIRECT,
+    DMA_LAYOUT_PER_RANGE,
     DMA_P2P_NOT_SUPPORTED, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
     dma_data_direction, dma_device, dma_iova_destroy, dma_iova_free,
     dma_iova_link, dma_iova_size, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_keys, dma_keys_of,
@@ -39,7 +40,7 @@ from dmapath.backends.grant import GrantBackend
 from dmapath.backends.iommu import Iommu, IommuDomain
 from dmapath.backends.python import PythonBackend
 from dmapath.errors import (
-    AddressTypeError, DmaValueError, MappingError, NotSupportedError, StateError, error_for,
+    AddressTypeError, DmaValueError, MappingError, NotSupportedError, StateError, error_for, leave,
 )
 from dmapath.memory import HostBuffer
 from dmapath.request import DIRECTIONS, direction
@@ -109,6 +110,10 @@ cdef Segment new_segment(dma_device *dev, const dma_seg *s):
     if dma_keys_of(dev, s.addr, s.len, &keys) == 0:
         out.lkey, out.rkey = keys.lkey, keys.rkey
     return out
+
+
+class _UnreadError(StateError, TypeError):
+    """A TypeError too: list(mapping) asks for len() first, and takes that for "not known"."""
 
 
 class SgList(list):
@@ -415,15 +420,15 @@ cdef class Device:
         Raises a DmaError with the rule that refused; nothing is mapped then.
         """
         cdef Mapping m = self.map_start(request, policy)
-        if m.st.layout == DMA_LAYOUT_DIRECT or m.st.layout == DMA_LAYOUT_PER_RANGE:
-            m.read_all()  # these map as they are read: what fails must fail here
+        m.read_all()  # some layouts map as they are read: what fails must fail here
         return m
 
     def map_start(self, Mappable request not None, policy="unified"):
         """The C driver's flow in Python: start here, take segments with ``Mapping.next``, end with ``Mapping.unmap``.
 
-        As ``map``, but without an IOVA range for all of it each segment is mapped when ``next`` asks for it, and may fail
-        there; the mapping is undone then.
+        As ``map``, but without an IOVA range for all of it each segment is mapped when ``next`` (or iteration) asks for it,
+        and may fail there; the mapping is undone then. What depends on segments that were not asked for yet cannot be known:
+        ``segments``, ``len``, ``case`` and the like raise StateError until the last was, and map nothing.
         """
         cdef Mapping m = Mapping.__new__(Mapping)
         cdef dma_policy p
@@ -441,6 +446,7 @@ cdef class Device:
             raise rules.refusal(self, request, -rc, m.st.rules)
         m.live = True
         m.layout_ = m.st.layout
+        m.maps = not m.st.sg and (m.layout_ == DMA_LAYOUT_DIRECT or m.layout_ == DMA_LAYOUT_PER_RANGE)
         m.segments_ = []
         return m
 
@@ -754,9 +760,13 @@ cdef class CoherentBuffer:
     def __len__(self):
         return self.size
 
-    def __getbuffer__(self, Py_buffer *view, int flags):
+    cdef int must_live(self) except -1:
         if not self.live:
-            raise StateError("it was freed", argument="self", value=self)
+            raise StateError("freed already", argument="self", value=self)
+        return 0
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        self.must_live()
         PyBuffer_FillInfo(view, self, self.host, self.size, 0, flags)
         self.views += 1
 
@@ -765,17 +775,19 @@ cdef class CoherentBuffer:
 
     def free(self):
         """Unmap it and give the memory back (dma_free_coherent). StateError when done already or still viewed."""
-        if not self.live or self.views:
-            raise StateError("freed already" if not self.live else "a view of it is held", argument="self", value=self)
+        self.must_live()
+        if self.views:
+            raise StateError("a view of it is held", argument="self", value=self)
         self.tell("free_coherent")
         self.let_go()
 
     def __enter__(self):
+        self.must_live()
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, error, traceback):
         if self.live:
-            self.free()
+            leave(self.free, error)
 
     def __del__(self):
         if self.live and self.device.unmap_early():
@@ -801,11 +813,12 @@ cdef class Mapping:
     def __init__(self):
         raise TypeError("made by Device.map")
 
+    # the next segment from the iterator; where `maps`, that maps it
     cdef Segment step(self):
         cdef dma_seg s
         cdef Segment out
         cdef int rc
-        if self.ended or not self.live:
+        if self.ended:
             return None
         rc = map_next(&self.device.c, &self.st, &self.it, &s)
         self.layout_ = self.st.layout
@@ -814,14 +827,47 @@ cdef class Mapping:
             self.segments_.append(out)
             return out
         if rc < 0:
-            self.live = False
             bits = self.st.rules
-            unmap(&self.device.c, &self.st)
+            self.end()
             raise rules.refusal(self.device, self.request, -rc, bits)
         self.ended = True
-        self.kept = (sizeof(dma_seg) * self.st.nr_saved if self.st.saved != NULL
-                     else sizeof(dma_iova_state) if self.st.iova.size else 0)
         return None
+
+    # take back what is mapped, and remember what was
+    cdef int end(self) noexcept:
+        cdef int rc
+        self.kept = self.state_bytes()
+        self.live = False
+        with nogil:
+            rc = unmap(&self.device.c, &self.st)
+        return rc
+
+    cdef size_t state_bytes(self) noexcept:
+        return (sizeof(dma_seg) * self.st.nr_saved if self.st.saved != NULL
+                else sizeof(dma_iova_state) if self.st.iova.size else 0)
+
+    cdef int must_live(self) except -1:
+        if not self.live:
+            raise StateError("unmapped already", argument="self", value=self)
+        return 0
+
+    # whether there are no more segments to come than those that were read
+    cdef bint is_whole(self) noexcept:
+        return self.ended or self.maps and not self.live
+
+    # whether a segment that is not read yet may still bounce
+    cdef bint may_bounce(self) noexcept:
+        return (self.maps and self.layout_ != DMA_LAYOUT_BOUNCED and self.device.c.swiotlb != NULL
+                and not self.is_whole())
+
+    # all segments; reading them maps nothing here
+    cdef list whole(self):
+        if not self.is_whole():
+            if self.maps or not self.live:
+                raise _UnreadError("its segments are not read yet: next() maps each" if self.live else
+                                   "unmapped before its segments were read", argument="self", value=self)
+            self.read_all()
+        return self.segments_
 
     cdef list read_all(self):
         while self.step() is not None:
@@ -829,7 +875,8 @@ cdef class Mapping:
         return self.segments_
 
     def next(self):
-        """The next segment, or None after the last."""
+        """The next segment, or None after the last. StateError once it is unmapped."""
+        self.must_live()
         if self.at < len(self.segments_):
             self.at += 1
             return self.segments_[self.at - 1]
@@ -839,55 +886,62 @@ cdef class Mapping:
 
     @property
     def segments(self):
-        """What to give the hardware, in order: list of Segment."""
-        return list(self.read_all())
+        """What to give the hardware, in order: list of Segment. Once it is unmapped: what it was given."""
+        return list(self.whole())
 
     def __iter__(self):
-        return iter(self.read_all())
+        cdef _Segments out = _Segments.__new__(_Segments)
+        self.must_live()
+        out.mapping = self
+        return out
 
     def __len__(self):
-        return len(self.read_all())
+        return len(self.whole())
 
     @property
     def layout(self):
-        """"direct", "linear", "gapped" or "per-range" ("none": nothing to map)."""
+        """"direct", "linear", "gapped", "per-range" or "bounced" ("none": nothing to map)."""
+        if self.may_bounce():
+            self.whole()
         return rules.LAYOUTS[self.layout_]
 
     @property
     def case(self):
         """Which of the six cases of docs/concepts.md this is."""
-        return rules.case_of(self.layout, self.st.rules, len(self.read_all()))
+        layout = self.layout
+        return rules.case_of(layout, self.st.rules, len(self.whole()) if layout == "bounced" else 0)
 
     @property
     def rules(self):
         """Names of the rules that decided, as in dmapath.rules."""
-        self.read_all()
+        if self.may_bounce() or not self.maps:
+            self.whole()  # where one range is cut is a rule too
         return rules.names_of(self.st.rules)
 
     @property
     def unmap_state_bytes(self):
         """Bytes of DMA addresses and lengths that must be kept until unmap."""
-        self.read_all()
-        return self.kept
+        if self.maps and (self.may_bounce() or self.st.saved != NULL):
+            self.whole()
+        return self.state_bytes() if self.live else self.kept
 
     def unmap(self):
-        """Unmap everything. StateError when done already."""
+        """Unmap what was mapped; segments that were not read yet are not mapped for it. StateError when done already."""
         cdef int rc
-        if not self.live:
-            raise StateError("unmapped already", argument="self", value=self)
-        self.read_all()  # segments and rules stay readable afterwards
-        self.live = False
-        with nogil:
-            rc = unmap(&self.device.c, &self.st)
+        self.must_live()
+        rc = self.end()
         if rc:
             raise self.device._failed(rc, "part of it was not mapped any more (dma_iova_destroy)", "self", self)
 
     def __enter__(self):
+        self.must_live()
         return self
 
-    def __exit__(self, *exc):
-        if self.live:
+    def __exit__(self, kind, error, traceback):
+        if self.live and error is None:
             self.unmap()
+        elif self.live:
+            leave(self.unmap, error)
 
     def __dealloc__(self):
         if self.live:
@@ -902,15 +956,46 @@ cdef class Mapping:
         if warnings is not None:  # the interpreter is not at its end
             warnings.warn(f"a mapping of {self.request!r} was dropped without unmap", ResourceWarning, stacklevel=2)
 
+    # what is mapped now
+    cdef list mapped(self):
+        self.must_live()
+        return self.segments_ if self.maps else self.whole()
+
     def sync_for_cpu(self):
-        """Hand all of it to the CPU while it stays mapped (dma_sync_single_for_cpu, segment by segment)."""
-        for s in self.read_all():
+        """Hand all that is mapped of it to the CPU while it stays mapped (dma_sync_single_for_cpu, segment by segment)."""
+        for s in self.mapped():
             self.device.sync_for_cpu(s.addr, s.length, self.request.dir)
 
     def sync_for_device(self):
-        """Hand all of it back to the device (dma_sync_single_for_device)."""
-        for s in self.read_all():
+        """Hand all that is mapped of it back to the device (dma_sync_single_for_device)."""
+        for s in self.mapped():
             self.device.sync_for_device(s.addr, s.length, self.request.dir)
 
     def __repr__(self):
-        return f"<Mapping of {self.request!r}: {self.layout}{'' if self.live else ', unmapped'}>"
+        words = f"{len(self.segments_)} segments so far" if self.may_bounce() else rules.LAYOUTS[self.layout_]
+        return f"<Mapping of {self.request!r}: {words}{'' if self.live else ', unmapped'}>"
+
+
+@cython.freelist(8)
+@cython.final
+cdef class _Segments:
+    """What ``iter(mapping)`` gives: the segments from the first on. Those not read yet come from Mapping.next's source."""
+
+    cdef Mapping mapping
+    cdef Py_ssize_t at
+
+    def __init__(self):
+        raise TypeError("made by iter(mapping)")
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef Mapping m = self.mapping
+        if m is None:
+            raise StopIteration
+        m.must_live()
+        if self.at == len(m.segments_) and m.step() is None:
+            raise StopIteration
+        self.at += 1
+        return m.segments_[self.at - 1]

@@ -23,6 +23,7 @@ __all__ = [
     "TraceError",
     "VerbsError",
     "error_for",
+    "leave",
 ]
 
 
@@ -194,3 +195,16 @@ def error_for(errno: int, rule: str, argument: str = "", value: object = None) -
     """The exception for a (positive) errno."""
     kind = _BY_ERRNO.get(errno, DmaValueError)
     return kind(rule, errno=errno, argument=argument, value=value)
+
+
+def leave(close: Callable[[], object], error: BaseException | None) -> None:
+    """End a ``with`` block by ``close``. The block's own ``error`` stays the one that is raised: what ``close`` raises then
+    becomes a note of it.
+    """
+    try:
+        close()
+    except Exception as e:
+        if error is None:
+            raise
+        # what add_note does, which Python 3.10 has not
+        error.__notes__ = [*getattr(error, "__notes__", ()), f"while leaving the with block: {type(e).__name__}: {e}"]

@@ -20,8 +20,8 @@ from dmapath.abi cimport (
 from dmapath.device cimport Device
 from dmapath.memory cimport PhysMemory
 
-from dmapath.addr import DmaAddr, as_length, as_phys
-from dmapath.errors import DmaValueError, NotSupportedError, StateError, error_for
+from dmapath.addr import DmaAddr, as_count, as_length, as_phys
+from dmapath.errors import DmaValueError, NotSupportedError, StateError, error_for, leave
 
 #: Flags of a page, with Linux's bits (enum hmm_pfn_flags).
 VALID, WRITE, DMA_MAPPED, P2PDMA, P2PDMA_BUS = 1 << 63, 1 << 62, 1 << 60, 1 << 59, 1 << 58
@@ -166,12 +166,14 @@ cdef class HmmMap:
                             "device" if rc == -EOPNOTSUPP else "entry_size" if rc == -EINVAL else "nr", device)
         self.device, self.live = device, True
 
-    def _check(self, i):
+    cdef int must_live(self) except -1:
         if not self.live:
             raise StateError("freed already", argument="self", value=self)
-        if not 0 <= i < self.map.nr:
-            raise DmaValueError(f"0 to {self.map.nr - 1}", argument="i", value=i)
-        return i
+        return 0
+
+    def _check(self, i):
+        self.must_live()
+        return as_count(i, "i", least=0, last=self.map.nr - 1)
 
     def map_pfn(self, i, phys, *, write=True):
         """Link page ``i`` to a physical page and sync it; its DmaAddr (hmm_dma_map_pfn).
@@ -203,20 +205,22 @@ cdef class HmmMap:
     @property
     def has_iova(self):
         """Whether one IOVA range holds all pages."""
+        self.must_live()
         return self.map.state.size != 0
 
     @property
     def state_bytes(self):
         """Bytes of DMA addresses kept for unmap: 16 with an IOVA range, 8 a page without, none where nothing is unmapped."""
+        self.must_live()
         return sizeof(dma_iova_state) if self.map.state.size else 8 * self.map.nr if self.map.dma_list != NULL else 0
 
     def __len__(self):
+        self.must_live()
         return self.map.nr
 
     def free(self):
         """Unmap what is mapped and give the range back (hmm_dma_map_free)."""
-        if not self.live:
-            raise StateError("freed already", argument="self", value=self)
+        self.must_live()
         self.let_go()
 
     cdef void let_go(self) noexcept:
@@ -228,11 +232,12 @@ cdef class HmmMap:
             hmm_dma_map_free(&self.device.c, &self.map)
 
     def __enter__(self):
+        self.must_live()
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, error, traceback):
         if self.live:
-            self.free()
+            leave(self.free, error)
 
     def __del__(self):
         if self.live and self.device.unmap_early():
@@ -264,12 +269,19 @@ class OdpRegion:
         self.first = offset // 4096 * 4096
         self.pages = HmmMap(device, -(-(offset + length) // 4096) - self.first // 4096)
         self.invalidations = 0
+        self.closed = self._moving = False
         self._lock = threading.Lock()
         memory.notifiers.add(self)
+
+    def _must_live(self):
+        if self.closed:
+            raise StateError("it was closed", argument="self", value=self)
 
     def fault(self, offset, length=1, *, write=True):
         """Map the pages of arena bytes [offset, offset + length): list of DmaAddr, one a page
         (ib_umem_odp_map_dma_and_lock). EFAULT outside the region."""
+        self._must_live()
+        offset, length = as_length(offset, "offset", least=0), as_length(length, "length")
         first, last = (offset - self.first) // 4096, (offset + length - 1 - self.first) // 4096
         if first < 0 or last >= len(self.pages):
             raise error_for(14, "outside the region (ib_umem_odp_map_dma_and_lock)", "offset", offset)
@@ -278,29 +290,44 @@ class OdpRegion:
                     for i in range(first, last + 1)]
 
     def invalidate_start(self, memory, offset, length):
-        """Called by the memory before pages move: what the device has of them is unmapped, and faults wait."""
-        first = max(0, (offset - self.first) // 4096)
-        last = min(len(self.pages), (offset + length - self.first + 4095) // 4096)
+        """Called by the memory before pages move: what the device has of them is unmapped, and faults wait until
+        ``invalidate_end``. Of a region that was closed meanwhile nothing is mapped."""
+        offset, length = as_length(offset, "offset", least=0), as_length(length, "length")
         self._lock.acquire()
-        for i in range(first, last):
-            self.invalidations += self.pages.unmap_pfn(i)
+        self._moving = True
+        if not self.closed:
+            first = max(0, (offset - self.first) // 4096)
+            last = min(len(self.pages), (offset + length - self.first + 4095) // 4096)
+            for i in range(first, last):
+                self.invalidations += self.pages.unmap_pfn(i)
 
     def invalidate_end(self):
-        """Called when they have moved: faults see where they are now."""
+        """Called when they have moved: faults see where they are now. StateError without a start."""
+        if not self._moving:
+            raise StateError("invalidate_start comes before", argument="self", value=self)
+        self._moving = False
         self._lock.release()
 
     def is_mapped(self, offset):
         """Whether the page of an arena byte is mapped now."""
-        return bool(self.pages.flags((offset - self.first) // 4096) & DMA_MAPPED)
+        self._must_live()
+        page = (as_length(offset, "offset", least=0) - self.first) // 4096
+        if not 0 <= page < len(self.pages):
+            raise error_for(14, "outside the region", "offset", offset)
+        return bool(self.pages.flags(page) & DMA_MAPPED)
 
     def close(self):
-        """Unmap everything and forget the region."""
+        """Unmap everything and forget the region. StateError when done already."""
         self.memory.notifiers.discard(self)
         with self._lock:
+            self._must_live()
+            self.closed = True
             self.pages.free()
 
     def __enter__(self):
+        self._must_live()
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        if not self.closed:
+            leave(self.close, error)

@@ -27,7 +27,7 @@ from dmapath.abi cimport (
 
 from dmapath.addr import PhysAddr, as_length, as_phys
 from dmapath.errors import (
-    DmaValueError, NoMemoryError, NotSupportedError, PermissionDeniedError, StateError, error_for,
+    DmaValueError, NoMemoryError, NotSupportedError, PermissionDeniedError, StateError, error_for, leave,
 )
 
 cdef extern from "<unistd.h>" nogil:
@@ -438,11 +438,17 @@ cdef class HostBuffer:
         self.nadded = 0
         PyBuffer_Release(&self.view)
 
+    # what is no longer there to be used
+    def _must_live(self):
+        if not self.held:
+            raise StateError("the buffer was closed", argument="self", value=self)
+
     def __enter__(self):
+        self._must_live()
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        leave(self.close, error)
 
     def __len__(self):
         return self.view.len if self.held else 0
@@ -453,8 +459,7 @@ cdef class HostBuffer:
 
     def vecs(self, offset=0, length=None):
         """Physically contiguous runs of the buffer: list of (PhysAddr, bytes)."""
-        if not self.held:
-            raise StateError("the buffer was closed", argument="self", value=self)
+        self._must_live()
         offset = as_length(offset, "offset", least=0)
         length = as_length(self.view.len - offset if length is None else length, "length")
         if offset + length > self.view.len:

@@ -33,7 +33,7 @@ from dmapath.wrapper cimport map_next, map_start, unmap
 from dmapath import rules
 from dmapath.addr import as_length
 from dmapath.descriptors import FORM_RULES, FORMS
-from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NvmeError, StateError, error_for
+from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NvmeError, StateError, error_for, leave
 from dmapath.limits import QueueLimits
 from dmapath.nvme_status import status_name
 
@@ -625,6 +625,7 @@ cdef class Nvme:
     def repeat(self, Io io not None, long times=1):
         """Run a finished Io's commands again, ``times`` times over, without making them anew."""
         cdef long _round
+        self.must_be_up()
         for _round in range(times):
             if not io.done or io.driver is not self:
                 raise StateError("an Io of this driver's that is done", argument="io", value=io)
@@ -765,13 +766,12 @@ cdef class Nvme:
             memory.free()
 
     def __enter__(self):
+        self.must_be_up()
         return self
 
-    def __exit__(self, error, value, traceback):
-        if error is None:
-            self.close()
-        elif self.up:
-            self.stop()
+    def __exit__(self, kind, error, traceback):
+        if self.up:  # after an error what is in flight is given up
+            leave(self.close if error is None else self.stop, error)
 
     def __del__(self):
         if self.up:  # while all that it reaches is whole

@@ -14,7 +14,7 @@ from typing import Any
 
 from dmapath.bio import Bio, Request
 from dmapath.device import Device, Mapping
-from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NoMemoryError, StateError, VerbsError
+from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NoMemoryError, StateError, VerbsError, leave
 from dmapath.limits import QueueLimits
 from dmapath.rdma import STATUS
 
@@ -101,12 +101,15 @@ class Rblk:
         #: How the last request was mapped: its case, its layout and its segments.
         self.told: dict[str, Any] = {}
 
+    def _must_live(self) -> None:
+        if self._closed:
+            raise StateError("it was closed", argument="self", value=self)
+
     # ---- requests
 
     def submit(self, requests: Bio | Request | Iterable[Bio | Request]) -> Io:
         """Hand over a Bio, a Request, or an iterable of them; an Io, which may be done later."""
-        if self._closed:
-            raise StateError("it was closed", argument="self", value=self)
+        self._must_live()
         whole = [requests] if isinstance(requests, (Bio, Request)) else list(requests)
         io = Io(self)
         io.commands = [_Command(part, io) for request in whole for part in self._parts(request)]
@@ -187,6 +190,8 @@ class Rblk:
 
     def drive(self, io: Io, timeout: float) -> None:
         """Work until an Io is done; Io.wait calls it."""
+        if not io.done:
+            self._must_live()
         while not io.done:
             self._issue()
             if not io.done and self._reap(timeout) == 0:
@@ -211,8 +216,8 @@ class Rblk:
         self._closed = True
 
     def __enter__(self) -> Rblk:
+        self._must_live()
         return self
 
-    def __exit__(self, error: object, value: object, traceback: object) -> None:
-        if error is None:
-            self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        leave(self.close, error)

@@ -6,7 +6,7 @@ translation table leads to the DMA addresses beneath. So scattered pages lie sid
 """
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New, PyCapsule_SetContext
-from libc.errno cimport EADDRINUSE, EINVAL, EIO, ENOENT, ENOMEM, ENXIO, ERANGE, EXDEV
+from libc.errno cimport EADDRINUSE, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, ENXIO, ERANGE, EXDEV
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -21,7 +21,7 @@ from dmapath.device cimport CoherentBuffer
 from dmapath.drivers.rnic cimport Context, Pd, rnic_port, run_command
 
 from dmapath.addr import as_length
-from dmapath.errors import DmaValueError, StateError
+from dmapath.errors import DmaValueError, StateError, leave
 from dmapath.mr import LOCAL_WRITE, check_access
 
 cdef enum:
@@ -50,7 +50,7 @@ cdef struct state:
     dma_device *below
     rnic_port *port
     uint32_t pd, access, nslots, pages, next
-    bint linear
+    bint linear, closed
     uint64_t cache, idle_bytes, clock
     slot *slots
     lock lock
@@ -205,6 +205,8 @@ cdef int map_range(state *s, phys_addr_t phys, uint64_t size, dma_data_direction
             s.below.ops.sync_for_device(s.below, t.links[0].addr, size, dir)
         out[0] = dma_addr(t.addr)
         return 0
+    if s.closed:
+        return -ENODEV
     t = take(s)
     if t == NULL:
         return -ENOMEM
@@ -266,7 +268,7 @@ cdef int reg_try_alloc(dma_device *dev, dma_iova_state *st, phys_addr_t phys, ui
     cdef state *s = state_of(dev)
     cdef slot *t = NULL
     memset(st, 0, sizeof(dma_iova_state))
-    if not s.linear or size == 0 or size > <uint64_t>s.pages * PAGE - phys.v % PAGE:
+    if not s.linear or s.closed or size == 0 or size > <uint64_t>s.pages * PAGE - phys.v % PAGE:
         return 0
     lock_acquire(&s.lock)
     t = take(s)
@@ -448,6 +450,7 @@ cdef class Registered:
                   uint32_t max_pages=512):
         cdef Context context = pd.context
         cdef uint32_t i
+        context.must_live()
         if mode not in MODES:
             raise DmaValueError("linear or per-range", argument="mode", value=mode)
         if cache and mode == "linear":
@@ -475,6 +478,11 @@ cdef class Registered:
         self.dma_ops = PyCapsule_New(&table, DMAPATH_OPS_CAPSULE, NULL)
         PyCapsule_SetContext(self.dma_ops, &self.s)
 
+    cdef int must_live(self) except -1:
+        if self.tables is None:
+            raise StateError("it was closed", argument="self", value=self)
+        return 0
+
     def counters(self):
         """By the names in COUNTERS, and registrations, deregistrations, registered_live (idle ones too) and cache_hits."""
         cdef uint32_t i
@@ -490,6 +498,7 @@ cdef class Registered:
     def flush(self):
         """Forget what the cache holds."""
         cdef uint32_t i
+        self.must_live()
         for i in range(self.s.nslots):
             if self.s.slots[i].state == IDLE:
                 forget(&self.s, &self.s.slots[i])
@@ -502,16 +511,17 @@ cdef class Registered:
         if any(self.s.slots[i].state == USED for i in range(self.s.nslots)):
             raise StateError("something is still mapped", argument="self", value=self)
         self.flush()
+        self.s.closed = True
         self.tables.free()
         self.tables = None
         self.pd.context.children -= 1
 
     def __enter__(self):
+        self.must_live()
         return self
 
-    def __exit__(self, *exc):
-        if exc[0] is None:
-            self.close()
+    def __exit__(self, kind, error, traceback):
+        leave(self.close, error)
 
     def __dealloc__(self):
         cdef uint32_t i

@@ -25,6 +25,7 @@ cdef class Context:
     cdef readonly int children
     cdef uint32_t command(self, rnic_command *c, what) except? 0xffffffff
     cdef destroy(self, uint32_t op, uint32_t number, what)
+    cdef int must_live(self) except -1
 
 
 cdef class Pd:
@@ -40,6 +41,7 @@ cdef class Mr:
     cdef object mapping, memory
     cdef CoherentBuffer table
     cdef bint live
+    cdef int must_live(self) except -1
 
 
 cdef class FastMr:
@@ -49,6 +51,7 @@ cdef class FastMr:
     cdef CoherentBuffer table
     cdef uint64_t *pages
     cdef bint live
+    cdef int must_live(self) except -1
 
 
 cdef class Cq:
@@ -59,6 +62,7 @@ cdef class Cq:
     cdef uint64_t head
     cdef dict qps
     cdef bint live
+    cdef int must_live(self) except -1
     cdef list fetch(self, int n)
     cdef list wait_for(self, int n, double timeout)
 
@@ -77,6 +81,7 @@ cdef class Qp:
     cdef bint live, own_cq
     cdef object __weakref__
     cdef rnic_wqe *take(self, uint32_t op, uint64_t first) except NULL
+    cdef int must_live(self) except -1
     cdef submit(self)
     cdef to_state(self, uint32_t state, uint32_t remote, uint32_t access, uint32_t rnr_retry, str name)
     cdef object seen(self, const rnic_cqe *e)

@@ -21,8 +21,8 @@ from dmapath.abi cimport dma_writeq
 from dmapath.device cimport Device
 from dmapath.mmio cimport registers_of
 
-from dmapath.addr import DmaAddr
-from dmapath.errors import DmaValueError, NoMemoryError, StateError, VerbsError, error_for
+from dmapath.addr import DmaAddr, as_bits, as_count, as_length, as_remote, as_seconds
+from dmapath.errors import DmaValueError, NoMemoryError, StateError, VerbsError, error_for, leave
 from dmapath.mr import LOCAL_WRITE, MemoryRegion, check_access, dma_blocks, sg_to_pages
 from dmapath.rdma import LOCAL_OPCODES, REMOTE_ALL, Completion, cut, entries_of
 
@@ -62,8 +62,7 @@ cdef class Context:
 
     cdef uint32_t command(self, rnic_command *c, what) except? 0xffffffff:
         cdef int rc
-        if not self.page.live:
-            raise StateError("the context was closed", argument="context", value=self)
+        self.must_live()
         with nogil:
             rc = run_command(&self.port, c)
         if rc:
@@ -83,12 +82,17 @@ cdef class Context:
         if self.page.live:
             self.page.free()
 
+    cdef int must_live(self) except -1:
+        if not self.page.live:
+            raise StateError("the context was closed", argument="context", value=self)
+        return 0
+
     def __enter__(self):
+        self.must_live()
         return self
 
-    def __exit__(self, *exc):
-        if exc[0] is None:
-            self.close()
+    def __exit__(self, kind, error, traceback):
+        leave(self.close, error)
 
 
 @cython.no_gc_clear  # keys are given back through it
@@ -96,8 +100,18 @@ cdef class Pd:
     """A protection domain: keys and queue pairs of one go together."""
 
     def __cinit__(self, Context context not None):
+        context.must_live()
         self.context, self.number = context, context.next_pd
         context.next_pd += 1
+
+
+# (address, bytes, key) of a part of `size` bytes at `addr`
+cdef tuple part(addr, size, offset, length, key):
+    offset = as_length(offset, "offset", least=0)
+    length = size - offset if length is None else as_length(length, "length", least=0)
+    if offset > size or length > size - offset:
+        raise DmaValueError(f"within the region's {size} bytes", argument="offset", value=offset)
+    return int(addr) + offset, length, key
 
 
 @cython.no_gc_clear
@@ -108,9 +122,10 @@ cdef class Mr:
     Raises as ``Device.map`` does (a region must be coherent: no bouncing), DmaValueError (EINVAL) and NoMemoryError.
     """
 
-    def __cinit__(self, Pd pd not None, memory, offset=0, length=None, *, iova=None, int access=LOCAL_WRITE):
+    def __cinit__(self, Pd pd not None, memory, offset=0, length=None, *, iova=None, access=LOCAL_WRITE):
         cdef rnic_command c
         cdef uint64_t *table
+        offset = as_length(offset, "offset", least=0)
         length = len(memory) - offset if length is None else length
         region = MemoryRegion.from_memory(memory, offset, length, iova=iova, access=access)
         self.pd, self.access, self.memory = pd, check_access(access), memory
@@ -139,15 +154,17 @@ cdef class Mr:
 
     def segment(self, offset=0, length=None):
         """(address, bytes, lkey) of a part of it."""
-        length = self.length - offset if length is None else length
-        if offset < 0 or length < 0 or offset + length > self.length:
-            raise DmaValueError(f"within the region's {self.length} bytes", argument="offset", value=offset)
-        return int(self.addr) + offset, length, self.lkey
+        self.must_live()
+        return part(self.addr, self.length, offset, length, self.lkey)
+
+    cdef int must_live(self) except -1:
+        if not self.live:
+            raise StateError("deregistered already", argument="self", value=self)
+        return 0
 
     def dereg(self):
         """Take the key back and unmap. StateError when done already."""
-        if not self.live:
-            raise StateError("deregistered already", argument="self", value=self)
+        self.must_live()
         self.release()
 
     def release(self):
@@ -160,10 +177,11 @@ cdef class Mr:
             self.table.free()
 
     def __enter__(self):
+        self.must_live()
         return self
 
-    def __exit__(self, *exc):
-        self.release()
+    def __exit__(self, kind, error, traceback):
+        leave(self.release, error)
 
     def __repr__(self):
         return f"Mr({self.length} bytes at {int(self.addr):#x}, key {self.lkey:#x})"
@@ -174,15 +192,13 @@ cdef class FastMr:
     """A key without memory, for fast registration: ``Qp.reg_mr`` gives it mapped segments, ``Qp.local_inv`` takes them
     away. It holds at most ``max_pages`` pages (1 to 512)."""
 
-    def __cinit__(self, Pd pd not None, uint32_t max_pages=256):
+    def __cinit__(self, Pd pd not None, max_pages=256):
         cdef rnic_command c
-        if not 1 <= max_pages <= 512:
-            raise DmaValueError("1 to 512", argument="max_pages", value=max_pages)
-        self.pd, self.max_pages = pd, max_pages
-        self.table = pd.context.device.alloc_coherent(8 * max_pages)
+        self.pd, self.max_pages = pd, as_count(max_pages, "max_pages", least=1, last=512)
+        self.table = pd.context.device.alloc_coherent(8 * self.max_pages)
         self.pages = <uint64_t *>self.table.host
         memset(&c, 0, sizeof(c))
-        c.op, c.mkey.pd, c.mkey.pages, c.mkey.flags = RNIC_CREATE_MKEY, pd.number, max_pages, RNIC_MKEY_FREE
+        c.op, c.mkey.pd, c.mkey.pages, c.mkey.flags = RNIC_CREATE_MKEY, pd.number, self.max_pages, RNIC_MKEY_FREE
         try:
             self.key = pd.context.command(&c, "create a key")
         except BaseException:
@@ -204,7 +220,13 @@ cdef class FastMr:
 
     def segment(self, offset=0, length=None):
         """(address, bytes, lkey) of a part of what it holds now."""
-        return int(self.addr) + offset, self.length - offset if length is None else length, self.key
+        self.must_live()
+        return part(self.addr, self.length, offset, length, self.key)
+
+    cdef int must_live(self) except -1:
+        if not self.live:
+            raise StateError("freed already", argument="mr", value=self)
+        return 0
 
     def free(self):
         """Take the key back."""
@@ -215,24 +237,23 @@ cdef class FastMr:
             self.table.free()
 
     def __enter__(self):
+        self.must_live()
         return self
 
-    def __exit__(self, *exc):
-        self.free()
+    def __exit__(self, kind, error, traceback):
+        leave(self.free, error)
 
 
 @cython.no_gc_clear
 cdef class Cq:
     """A completion queue of ``cqe`` entries in DMA memory. An overflow breaks it and its queue pairs."""
 
-    def __cinit__(self, Context context not None, int cqe=256):
+    def __cinit__(self, Context context not None, cqe=256):
         cdef rnic_command c
-        if not 1 <= cqe <= 65536:
-            raise DmaValueError("1 to 65536", argument="cqe", value=cqe)
-        self.context, self.cqe, self.qps = context, cqe, {}
-        self.ring = context.device.alloc_coherent(cqe * sizeof(rnic_cqe))
+        self.context, self.cqe, self.qps = context, as_count(cqe, "cqe", least=1, last=65536), {}
+        self.ring = context.device.alloc_coherent(self.cqe * sizeof(rnic_cqe))
         memset(&c, 0, sizeof(c))
-        c.op, c.cq.addr, c.cq.entries = RNIC_CREATE_CQ, self.ring.addr_.v, cqe
+        c.op, c.cq.addr, c.cq.entries = RNIC_CREATE_CQ, self.ring.addr_.v, self.cqe
         try:
             self.number = context.command(&c, "create a completion queue")
         except BaseException:
@@ -241,11 +262,17 @@ cdef class Cq:
         self.live = True
         context.children += 1
 
+    cdef int must_live(self) except -1:
+        if not self.live:
+            raise StateError("the completion queue was closed", argument="cq", value=self)
+        return 0
+
     # completions that are there, at most n
     cdef list fetch(self, int n):
         cdef rnic_cqe *e
         cdef list out = []
         cdef Qp qp
+        self.must_live()
         while len(out) < n:
             e = <rnic_cqe *>self.ring.host + self.head % self.cqe
             if e.owner != (not (self.head // self.cqe & 1)) or e.qpn == 0:
@@ -277,9 +304,9 @@ cdef class Cq:
                 qp.failures.setdefault(done.request, done)
         return len(got)
 
-    def poll(self, int n=64, double timeout=0.0):
+    def poll(self, n=64, timeout=0.0):
         """Completions in order: list of Completion, at most n; waits ``timeout`` seconds for the first."""
-        return [done for _, done in self.wait_for(n, timeout)]
+        return [done for _, done in self.wait_for(as_count(n, "n", least=1), as_seconds(timeout))]
 
     def close(self):
         """Destroy it. DmaValueError (EBUSY) while a queue pair uses it."""
@@ -290,33 +317,34 @@ cdef class Cq:
             self.ring.free()
 
     def __enter__(self):
+        self.must_live()
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        leave(self.close, error)
 
 
 @cython.no_gc_clear
 cdef class Qp:
     """A reliable connected queue pair; ``connect`` it before work. The calls are those of ``dmapath.verbs.Qp``."""
 
-    def __cinit__(self, Pd pd not None, Cq cq=None, *, Cq recv_cq=None, uint32_t max_send_wr=128, uint32_t max_recv_wr=128):
+    def __cinit__(self, Pd pd not None, Cq cq=None, *, Cq recv_cq=None, max_send_wr=128, max_recv_wr=128):
         cdef rnic_command c
-        for name, n in (("max_send_wr", max_send_wr), ("max_recv_wr", max_recv_wr)):
-            if not 1 <= n <= 16384:
-                raise DmaValueError("1 to 16384", argument=name, value=n)
-        self.pd, self.depth, self.recv_depth = pd, max_send_wr, max_recv_wr
+        self.pd, self.depth = pd, as_count(max_send_wr, "max_send_wr", least=1, last=16384)
+        self.recv_depth = as_count(max_recv_wr, "max_recv_wr", least=1, last=16384)
         self.own_cq = cq is None
-        self.send_cq = Cq(pd.context, max_send_wr + max_recv_wr) if cq is None else cq
+        self.send_cq = Cq(pd.context, self.depth + self.recv_depth) if cq is None else cq
         self.recv_cq = self.send_cq if recv_cq is None else recv_cq
+        self.send_cq.must_live()
+        self.recv_cq.must_live()
         self.max_sge, self.max_inline = RNIC_SGES, RNIC_INLINE
-        self.first, self.failures, self.arrivals = [0] * max_send_wr, {}, deque()
+        self.first, self.failures, self.arrivals = [0] * self.depth, {}, deque()
         self.state = "reset"
-        self.sq = pd.context.device.alloc_coherent(max_send_wr * RNIC_STRIDE)
-        self.rq = pd.context.device.alloc_coherent(max_recv_wr * RNIC_STRIDE)
+        self.sq = pd.context.device.alloc_coherent(self.depth * RNIC_STRIDE)
+        self.rq = pd.context.device.alloc_coherent(self.recv_depth * RNIC_STRIDE)
         memset(&c, 0, sizeof(c))
         c.op, c.qp.sq, c.qp.rq, c.qp.sq_entries, c.qp.rq_entries = (
-            RNIC_CREATE_QP, self.sq.addr_.v, self.rq.addr_.v, max_send_wr, max_recv_wr)
+            RNIC_CREATE_QP, self.sq.addr_.v, self.rq.addr_.v, self.depth, self.recv_depth)
         c.qp.pd, c.qp.send_cq, c.qp.recv_cq = pd.number, self.send_cq.number, self.recv_cq.number
         try:
             self.qp_num = pd.context.command(&c, "create a queue pair")
@@ -329,17 +357,26 @@ cdef class Qp:
         for queue in (self.send_cq, self.recv_cq):
             (<Cq>queue).qps[self.qp_num] = weakref.ref(self)
 
+    cdef int must_live(self) except -1:
+        if not self.live:
+            raise StateError("the queue pair was closed", argument="qp", value=self)
+        return 0
+
     cdef to_state(self, uint32_t state, uint32_t remote, uint32_t access, uint32_t rnr_retry, str name):
         cdef rnic_command c
+        self.must_live()
         memset(&c, 0, sizeof(c))
         c.op, c.id, c.modify.state, c.modify.remote = RNIC_MODIFY_QP, self.qp_num, state, remote
         c.modify.access, c.modify.rnr_retry = access, rnr_retry
         self.pd.context.command(&c, f"bring a queue pair from {self.state} to {name}")
         self.state = name
 
-    def connect(self, remote, *, unsigned int access=REMOTE_ALL | LOCAL_WRITE, int rnr_retry=7):
+    def connect(self, remote, *, access=REMOTE_ALL | LOCAL_WRITE, rnr_retry=7):
         """Connect to the queue pair numbered ``remote`` at the other end of the wire; what it may ask for is ``access``.
         ``rnr_retry``: how often a send is tried while nothing is posted to receive it; 7: for ever."""
+        remote, access = as_bits(remote, "remote", 24), as_bits(access, "access", 32)
+        rnr_retry = as_bits(rnr_retry, "rnr_retry", 3)
+        self.must_live()
         self.how = dict(access=access, rnr_retry=rnr_retry)
         self.remote = remote
         self.to_state(RNIC_INIT, 0, access, 0, "init")
@@ -359,6 +396,7 @@ cdef class Qp:
 
     def recover(self):
         """Reset it and connect it as before."""
+        self.must_live()
         while self.send_cq.poll(256) or (self.recv_cq is not self.send_cq and self.recv_cq.poll(256)):
             pass  # completions of before must not be taken for those to come
         self.reset()
@@ -368,9 +406,11 @@ cdef class Qp:
     @property
     def outstanding(self):
         """Work requests posted to send and not complete."""
+        self.must_live()
         return self.head - self.tail
 
     def _room(self, n):
+        self.must_live()
         if self.head - self.tail + n > self.depth:
             raise NoMemoryError(f"the send queue holds {self.depth}, {self.head - self.tail} are outstanding and {n} more "
                                 "are wanted: poll completions first", argument="qp", value=self)
@@ -378,8 +418,8 @@ cdef class Qp:
     cdef rnic_wqe *take(self, uint32_t op, uint64_t first) except NULL:
         cdef uint64_t at = self.head % self.depth
         cdef rnic_wqe *w = <rnic_wqe *>self.sq.host + at
-        if not self.live or self.state == "reset":
-            raise StateError("the queue pair is closed or not connected", argument="qp", value=self)
+        if self.state == "reset":
+            raise StateError("the queue pair is not connected", argument="qp", value=self)
         memset(w, 0, sizeof(rnic_wqe))
         w.id, w.op = self.head, <uint8_t>op
         self.first[at] = first
@@ -397,8 +437,9 @@ cdef class Qp:
         request becomes as few work requests as fit; the last asks for a completion.
         """
         cdef rnic_wqe *w = NULL
-        cdef uint64_t first = self.head, at = int(remote_addr)
-        cdef uint32_t i
+        cdef uint64_t first = self.head, at = as_remote(remote_addr)
+        cdef uint32_t i, key_there = as_bits(rkey, "rkey", 32), now = as_bits(imm, "imm", 32)
+        self.must_live()
         if opcode not in OPCODES:
             raise DmaValueError(f"one of {', '.join(OPCODES)}", argument="opcode", value=opcode)
         if inline:
@@ -415,7 +456,7 @@ cdef class Qp:
         self._room(len(groups))
         for group in groups:
             w = self.take(OPCODES[opcode], first)
-            w.remote_addr, w.rkey, w.imm = at, rkey, imm
+            w.remote_addr, w.rkey, w.imm = at, key_there, now
             if opcode == "send_imm":
                 w.flags |= RNIC_IMM
             if inline:
@@ -438,12 +479,15 @@ cdef class Qp:
         """RDMA READ: ``post`` and ``wait``."""
         self.wait(self.post("read", segments, remote_addr, rkey))
 
-    def _atomic(self, op, segment, remote_addr, rkey, compare, swap):
+    def _atomic(self, op, segment, remote_addr, rkey, compare, swap, argument="swap"):
         cdef rnic_wqe *w
+        cdef uint64_t at = as_remote(remote_addr), c = as_bits(compare, "compare", 64)
+        cdef uint64_t s = as_bits(swap, argument, 64)
+        cdef uint32_t key_there = as_bits(rkey, "rkey", 32)
         ((addr, n, key),) = entries_of([segment] if isinstance(segment, tuple) else segment, keyless=True)
         self._room(1)
         w = self.take(op, self.head)
-        w.remote_addr, w.rkey, w.compare, w.swap = int(remote_addr), rkey, compare, swap
+        w.remote_addr, w.rkey, w.compare, w.swap = at, key_there, c, s
         w.sge[0].addr, w.sge[0].len, w.sge[0].key, w.nsge = addr, n, key, 1
         w.flags = RNIC_SIGNALED
         self.submit()
@@ -451,16 +495,19 @@ cdef class Qp:
 
     def fetch_add(self, segment, remote_addr, rkey, add):
         """Add to 8 remote bytes (8-byte aligned); what they were goes to the segment. Posts, and returns the id."""
-        return self._atomic(RNIC_FETCH_ADD, segment, remote_addr, rkey, 0, add)
+        return self._atomic(RNIC_FETCH_ADD, segment, remote_addr, rkey, 0, add, "add")
 
     def cmp_swp(self, segment, remote_addr, rkey, compare, swap):
         """Swap 8 remote bytes where they equal ``compare``; what they were goes to the segment. Posts, returns the id."""
         return self._atomic(RNIC_CMP_SWP, segment, remote_addr, rkey, compare, swap)
 
-    def reg_mr(self, FastMr mr not None, segments, *, unsigned int access=LOCAL_WRITE, sg_offset=0):
+    def reg_mr(self, FastMr mr not None, segments, *, access=LOCAL_WRITE, sg_offset=0):
         """Fast registration: the key names mapped segments from this work request on, under a fresh low byte. Posts, and
         returns (id, segments taken): fewer than given where a gap or the capacity ends it (ib_map_mr_sg)."""
         cdef rnic_wqe *w
+        cdef uint32_t rights = as_bits(access, "access", 32)
+        mr.must_live()
+        self.must_live()
         taken, addr, length, pages, _ = sg_to_pages(list(segments), page_size=RNIC_PAGE, sg_offset=sg_offset,
                                                     max_pages=mr.max_pages)
         if not taken:
@@ -471,17 +518,18 @@ cdef class Qp:
         w = self.take(RNIC_REG_MR, self.head)
         mr.key = (mr.key & ~255) | ((mr.key + 1) & 255)  # ib_inc_rkey: old uses of the key must fail
         mr.addr, mr.length = addr, length
-        w.remote_addr, w.compare, w.swap, w.rkey, w.imm = int(addr), length, mr.table.addr_.v, mr.key, access
+        w.remote_addr, w.compare, w.swap, w.rkey, w.imm = int(addr), length, mr.table.addr_.v, mr.key, rights
         w.flags = RNIC_SIGNALED
         self.submit()
         return self.head - 1, taken
 
-    def local_inv(self, uint32_t rkey):
+    def local_inv(self, rkey):
         """The key names nothing any more. Posts, and returns the id."""
         cdef rnic_wqe *w
+        cdef uint32_t key = as_bits(rkey, "rkey", 32)
         self._room(1)
         w = self.take(RNIC_LOCAL_INV, self.head)
-        w.imm, w.flags = rkey, RNIC_SIGNALED
+        w.imm, w.flags = key, RNIC_SIGNALED
         self.submit()
         return self.head - 1
 
@@ -489,6 +537,7 @@ cdef class Qp:
         """Post one receive; its id. ``arrived`` tells when a message is there."""
         cdef rnic_wqe *w
         cdef uint32_t i
+        self.must_live()
         entries, *more = cut(entries_of(segments, keyless=True), RNIC_SGES, RNIC_MAX_MESSAGE)
         if more:
             raise DmaValueError(f"at most {RNIC_SGES} segments", argument="segments", value=len(more) + 1)
@@ -527,10 +576,14 @@ cdef class Qp:
         return Completion(first, e.status, name, length, None, self.qp_num,
                           dict(opcode=name, segment=seq - first, address=address, key=key, length=length))
 
-    def wait(self, request, double timeout=10.0):
+    def wait(self, request, timeout=10.0):
         """Wait until a posted request is complete. Raises CompletionError where it, or one before it, failed, and VerbsError
         (ETIMEDOUT) when nothing came in ``timeout`` seconds."""
-        cdef uint64_t want = request, last = request
+        cdef uint64_t want = as_bits(request, "request", 64), last = want
+        timeout = as_seconds(timeout)
+        self.must_live()
+        if want >= self.head:
+            raise DmaValueError("the id of a request that was posted", argument="request", value=request)
         while last + 1 < self.head and self.first[(last + 1) % self.depth] == want:
             last += 1
         while self.tail <= last:
@@ -541,9 +594,11 @@ cdef class Qp:
             if seq <= want:
                 raise self.failures[seq].error()
 
-    def arrived(self, double timeout=10.0):
+    def arrived(self, timeout=10.0):
         """The next completion of a receive: a Completion. CompletionError where it failed; VerbsError (ETIMEDOUT) when
         nothing came in ``timeout`` seconds."""
+        timeout = as_seconds(timeout)
+        self.must_live()
         while not self.arrivals:
             if self.recv_cq._dispatch(timeout) == 0:
                 raise VerbsError(f"nothing was received within {timeout} s", errno=110, argument="timeout", value=timeout)
@@ -567,10 +622,11 @@ cdef class Qp:
             self.send_cq.close()
 
     def __enter__(self):
+        self.must_live()
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        leave(self.close, error)
 
 
 def loopback(Pd pd not None, **options):
