@@ -246,8 +246,9 @@ def use(w: World, life: Life, made: Any, name: str) -> object:
         return memoryview(made).nbytes
     if name == "__exit__":
         return made.__exit__(None, None, None)
-    got: Callable[..., object] = getattr(made, name)
-    return got(*life.arguments.get(name, lambda w: ())(w)) if callable(got) else got
+    got = getattr(made, name)
+    method = callable(got)
+    return got(*life.arguments.get(name, lambda w: ())(w)) if method else got
 
 
 def prepare(full: str) -> tuple[World, Life, Any]:
