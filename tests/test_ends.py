@@ -248,7 +248,7 @@ def use(w: World, life: Life, made: Any, name: str) -> object:
         return made.__exit__(None, None, None)
     got = getattr(made, name)
     method = callable(got)
-    return got(*life.arguments.get(name, lambda w: ())(w)) if method else got
+    return got(*life.arguments.get(name, lambda w: ())(w)) if method else got  # type: ignore[no-untyped-call]
 
 
 def prepare(full: str) -> tuple[World, Life, Any]:
