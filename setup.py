@@ -1,5 +1,6 @@
 """Extensions of dmapath. Environment: DMAPATH_WERROR=1 turns warnings into errors, DMAPATH_SANITIZE=address,undefined
-builds with sanitizers, DMAPATH_ANNOTATE=1 writes cython's line scores beside the generated C."""
+builds with sanitizers, DMAPATH_ANNOTATE=1 writes cython's line scores beside the generated C, DMAPATH_ONLY=dmapath.wrapper,...
+builds these modules alone, DMAPATH_FLAGS are more of the compiler's flags."""
 
 import glob
 import os
@@ -9,6 +10,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 SANITIZE = os.environ.get("DMAPATH_SANITIZE", "")
+ONLY = os.environ.get("DMAPATH_ONLY", "").split(",") if "DMAPATH_ONLY" in os.environ else []
 CORE = ["ext/core/core.c", "ext/core/mem.c"]
 MEM = ["ext/core/mem.c", "ext/core/util.c"]
 #: Module -> C sources that it links. Only one links the core; mem.c holds no data of its own; util.c numbers threads for
@@ -53,6 +55,7 @@ flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g1", "-fvisibility=hidden", "-Wal
          # generated code: unused entry points and parameters, and comparisons that are true by type
          "-Wno-unused-function", "-Wno-unused-parameter", "-Wno-sign-compare", "-Wno-missing-field-initializers",
          "-Wno-type-limits", "-Wno-cast-function-type"]
+flags += os.environ.get("DMAPATH_FLAGS", "").split()
 link: list[str] = []
 if os.environ.get("DMAPATH_WERROR"):
     flags.append("-Werror")
@@ -83,6 +86,7 @@ extensions = [
               libraries=["ibverbs"] if name in VERBS else [],
               depends=sorted(glob.glob("ext/**/*.[ch]", recursive=True)))
     for name, sources in MODULES.items()
+    if name in ONLY or not ONLY
 ]
 
 setup(

@@ -1,6 +1,6 @@
 """Run what README.md and docs/*.md tell a person to run: a fresh clone in an empty folder, an emptied environment, and every
-command of every ``sh`` block in the clone's root, in order. Fails on a traceback and on an exit status other than 0, or than the one
-that a comment behind the command names (``# exit 1``).
+command of every ``sh`` block in the clone's root, in order. Fails on a traceback and on an exit status other than 0, or than
+the one that a comment behind the command names (``# exit 1``).
 """
 
 from __future__ import annotations
