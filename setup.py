@@ -1,6 +1,6 @@
 """Extensions of dmapath. Environment: DMAPATH_WERROR=1 turns warnings into errors, DMAPATH_SANITIZE=address,undefined
-builds with sanitizers, DMAPATH_ANNOTATE=1 writes cython's line scores beside the generated C, DMAPATH_ONLY=dmapath.wrapper,...
-builds these modules alone, DMAPATH_FLAGS are more of the compiler's flags."""
+builds with sanitizers, DMAPATH_ANNOTATE=1 writes cython's line scores beside the generated C, DMAPATH_ONLY (a list with
+commas) builds these modules alone, DMAPATH_FLAGS are more of the compiler's flags."""
 
 import glob
 import os
