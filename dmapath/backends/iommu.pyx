@@ -271,6 +271,8 @@ cdef int link_refused(dma_device *dev, dma_iova_state *st, const phys_vec *v, ui
         return -EOPNOTSUPP
     if dev.flags & DMA_DEV_UNTRUSTED:
         for i in range(n):
+            if v[i].len == 0:
+                return -EINVAL
             if dom_off(d, v[i].paddr.v | v[i].len):
                 return -EPERM if attrs & (DMA_ATTR_MMIO | DMA_ATTR_REQUIRE_COHERENT) else 1
     return 0

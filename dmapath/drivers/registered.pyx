@@ -401,7 +401,7 @@ cdef int reg_keys_of(dma_device *dev, dma_addr_t addr, uint64_t size, dma_keys *
     if dma_p2p_peer(dev, addr) != NULL:
         return 0  # a peer below the same switch: its bus address needs no key
     t = slot_at(state_of(dev), addr.v)
-    if t == NULL or t.key == 0 or addr.v < t.addr:
+    if t == NULL or t.key == 0 or addr.v < t.addr or addr.v - t.addr >= t.size or size > t.size - (addr.v - t.addr):
         return -ENOENT
     out.lkey = out.rkey = t.key
     return 0

@@ -807,8 +807,10 @@ cdef int verbs_free(dma_device *dev, dma_iova_state *st) noexcept nogil:
 # memory that is one run of physical addresses but not of this process's: a window of its own
 cdef int window_for(verbs_priv *p, uint64_t phys, uint64_t size, unsigned int access, slot **out) noexcept nogil:
     cdef uint64_t pad = phys & (p.page - 1)
-    cdef slot *s = new_window(p, NULL, (pad + size + p.page - 1) & ~(p.page - 1))
+    cdef slot *s = NULL
     cdef int rc
+    if not size >> (SLOT_SHIFT - 1):
+        s = new_window(p, NULL, (pad + size + p.page - 1) & ~(p.page - 1))
     if s == NULL:
         return -ENOMEM
     s.window, s.access = 1, access
@@ -885,7 +887,7 @@ cdef int verbs_need_unmap(dma_device *dev) noexcept nogil:
 cdef int verbs_keys_of(dma_device *dev, dma_addr_t addr, uint64_t size, dma_keys *out) noexcept nogil:
     cdef slot *s = slot_of(priv(dev), addr.v)
     cdef reg *r = NULL
-    if s != NULL:
+    if s != NULL and size <= s.bytes - (addr.v - s.base):
         r = reg_over(s, addr.v, addr.v + size)
     if r == NULL:
         return -ENOENT

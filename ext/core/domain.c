@@ -230,8 +230,8 @@ static RARE int link_any(struct iommu_domain *d, uint64_t start, struct linking 
     int rc = 0;
     for (i = l.i; i < n; i++) {
         uint64_t phys = v[i].paddr.v, off = dom_off(d, phys), len = v[i].len, span = off + len;
-        if (len > left || (gapped && span > left)) {
-            rc = -ERANGE; /* Linux does not look: it would map IOVA that belongs to others */
+        if (!len || len > left || (gapped && span > left)) {
+            rc = !len ? -EINVAL : -ERANGE; /* Linux does not look: it would map IOVA that belongs to others */
             break;
         }
         if (!gapped && off && i) {
@@ -285,14 +285,14 @@ static inline __attribute__((always_inline)) int link_pages(struct iommu_domain 
     for (; likely(simple) && i < n; i++) {
         uint64_t phys = v[i].paddr.v, off = phys & gm, len = v[i].len, n4k = 1;
         uint64_t page = gapped ? at : at - off;
-        if (unlikely(len > left || (!gapped && off && i)))
+        if (unlikely(len - 1 >= left || (!gapped && off && i)))
             break;
         if (likely(off + len - 1 <= gm)) {
             if (unlikely(!pgt_map_page(&d->pgt, &w, page, phys - off, bits)))
                 break;
         } else {
             n4k = (off + len + gm) >> 12;
-            if (unlikely(!len || len >= 1u << 21 || (gapped && n4k > left >> 12) ||
+            if (unlikely(len >= 1u << 21 || (gapped && n4k > left >> 12) ||
                          !map_pages(d, &w, page, phys - off, n4k, bits)))
                 break;
         }

@@ -83,7 +83,7 @@ void dom_free_iova(struct iommu_domain *, uint64_t iova, uint64_t size);
 int dom_map(struct iommu_domain *, struct pgt_walk *, uint64_t iova, uint64_t phys, uint64_t size, unsigned prot);
 /* n core map calls in one walk; all or nothing. vec: side by side, iova names the first byte; gapped: each range at
  * the next granule, iova is a granule. `room`: bytes of the allocation from iova on (gapped: whole granules). -ERANGE: the
- * ranges need more; -EIO: a range after the first begins inside a granule (vec). */
+ * ranges need more; -EINVAL: one is empty; -EIO: a range after the first begins inside a granule (vec). */
 int dom_link_vec(struct iommu_domain *, uint64_t iova, uint64_t room, const struct phys_vec *, uint32_t n,
                  unsigned prot);
 int dom_link_gapped(struct iommu_domain *, uint64_t iova, uint64_t room, const struct phys_vec *, uint32_t n,
@@ -120,8 +120,8 @@ static inline bool dom_link_page(struct iommu_domain *d, const struct dma_iova_s
 {
     uint64_t off = phys & 4095, at = s->addr.v + offset - off;
     struct pgt_walk w = { NULL, 0 };
-    if (unlikely(!load_relaxed(&d->plain) || (off && offset) || off + size - 1 > 4095 || offset > s->__size - size ||
-                 size > s->__size || s->__size >> 63 || !prot))
+    if (unlikely(!load_relaxed(&d->plain) || (off && offset) || off + size - 1 > 4095 || size - 1 >= s->__size ||
+                 offset > s->__size - size || s->__size >> 63 || !prot))
         return false;
     if (unlikely(!pgt_map_page(&d->pgt, &w, at, phys - off, prot | PROT_CACHE | PTE_LEAF)))
         return false;
