@@ -6,6 +6,8 @@ or ordering two of different kinds raises :class:`TypeError`. Two of different k
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any, TypeVar
 
 from dmapath.errors import AddressTypeError, DmaValueError
@@ -119,9 +121,11 @@ def as_length(value: int, argument: str = "size", *, least: int = 1, last: int =
     return _within(value, argument, least, last, "a number of bytes", " bytes")
 
 
-def as_count(value: int, argument: str, *, least: int = 0, last: int = 2**31 - 1) -> int:
-    """``value`` as a plain number: an integer that is no address, from ``least`` to ``last``."""
-    return _within(value, argument, least, last, "an integer", "")
+def as_integer(value: int, argument: str, *, least: int = 0, last: int = 2**64 - 1, what: str = "") -> int:
+    """``value`` as a plain number: an integer that is no address, from ``least`` to ``last``; ``what`` says whose limits
+    these are.
+    """
+    return _within(value, argument, least, last, "an integer", f", {what}" if what else "")
 
 
 def as_bits(value: int, argument: str, bits: int) -> int:
@@ -134,15 +138,6 @@ def as_remote(value: int, argument: str = "remote_addr") -> int:
     return as_bits(int(value) if isinstance(value, _Address) else value, argument, 64)
 
 
-def as_seconds(value: float, argument: str = "timeout") -> float:
-    """``value`` as a time in seconds: 0 to a year."""
-    if isinstance(value, (_Address, bool)) or not isinstance(value, (int, float)):
-        raise AddressTypeError("seconds are wanted", argument=argument, value=value)
-    if not 0 <= value <= 3e7:
-        raise DmaValueError("0 to 3e7 seconds", argument=argument, value=value)
-    return float(value)
-
-
 def _within(value: int, argument: str, least: int, last: int, what: str, unit: str) -> int:
     if isinstance(value, (_Address, bool)) or not hasattr(value, "__index__"):
         raise AddressTypeError(f"{what} is wanted", argument=argument, value=value)
@@ -150,6 +145,30 @@ def _within(value: int, argument: str, least: int, last: int, what: str, unit: s
     if not least <= value <= last:
         raise DmaValueError(f"{least} to {last if last < 1 << 20 else hex(last)}{unit}", argument=argument, value=value)
     return value
+
+
+def refuse_objects(format: str, argument: str, value: object) -> None:
+    """Refuse a buffer whose items are Python objects (PEP 3118's "O"): its bytes are pointers."""
+    if "O" in re.sub(r":[^:]*:", "", format):  # between colons stand the names of fields
+        raise AddressTypeError(f"a buffer of plain bytes or numbers, not of Python objects (format {format!r})",
+                               argument=argument, value=type(value).__name__)  # fmt: skip
+
+
+#: A wait that is longer than this is for ever.
+_FOREVER_S = 1e9
+
+
+def as_seconds(value: float, argument: str = "timeout") -> float:
+    """``value`` as seconds that a wait may take: 0 or more; infinity is for ever."""
+    if isinstance(value, (bool, str, bytes)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise AddressTypeError("a number of seconds is wanted", argument=argument, value=value)
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf if value > 0 else -math.inf
+    if not seconds >= 0:  # nor a NaN
+        raise DmaValueError("0 seconds or more", argument=argument, value=value)
+    return min(seconds, _FOREVER_S)
 
 
 def _plain(kind: type[_Address], value: int, argument: str) -> int:

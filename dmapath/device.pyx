@@ -40,7 +40,7 @@ from dmapath.backends.grant import GrantBackend
 from dmapath.backends.iommu import Iommu, IommuDomain
 from dmapath.backends.python import PythonBackend
 from dmapath.errors import (
-    AddressTypeError, DmaValueError, MappingError, NotSupportedError, StateError, error_for, leave,
+    AddressTypeError, DmaValueError, MappingError, NotSupportedError, StateError, at_end, error_for,
 )
 from dmapath.memory import HostBuffer
 from dmapath.request import DIRECTIONS, direction
@@ -787,7 +787,7 @@ cdef class CoherentBuffer:
 
     def __exit__(self, kind, error, traceback):
         if self.live:
-            leave(self.free, error)
+            at_end(error, self.free)
 
     def __del__(self):
         if self.live and self.device.unmap_early():
@@ -941,7 +941,7 @@ cdef class Mapping:
         if self.live and error is None:
             self.unmap()
         elif self.live:
-            leave(self.unmap, error)
+            at_end(error, self.unmap)
 
     def __dealloc__(self):
         if self.live:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 from collections.abc import Callable
+from typing import Any
 
 __all__ = [
     "AddressTypeError",
@@ -22,8 +23,8 @@ __all__ = [
     "StateError",
     "TraceError",
     "VerbsError",
+    "at_end",
     "error_for",
-    "leave",
 ]
 
 
@@ -129,25 +130,30 @@ class VerbsError(DmaError):
 class CompletionError(VerbsError):
     """A work request completed with an error. ``status`` is the number (enum ibv_wc_status) and ``status_name`` its name,
     ``request`` the request's id, ``opcode`` what it was, ``segment`` the index of its work request within the request,
-    ``address`` and ``key`` the remote address and rkey (of a send or receive: the local address and lkey), ``length`` its
-    bytes, ``qp_num`` the queue pair, which is in the error state now (``Qp.recover``).
+    ``length`` its bytes, ``qp_num`` the queue pair, which is in the error state now (``Qp.recover``), ``peer`` the other
+    side.
+
+    ``entries`` are the local entries (address, bytes, lkey) that can be at fault: those that no region known to the
+    library covers, else all; none where the status speaks of the other side. ``address`` and ``key`` are the remote address
+    and rkey; where the fault is a local entry's, or the work request is a send or receive, the first such entry's.
     """
 
     default_errno = _errno.EIO
 
-    def __init__(self, rule: str, **details: int | str) -> None:
+    def __init__(self, rule: str, **details: Any) -> None:
         self.details = details
         self.status, self.status_name = details["status"], details["status_name"]
         self.request, self.opcode, self.segment = details["request"], details["opcode"], details["segment"]
         self.address, self.key, self.length = details["address"], details["key"], details["length"]
         self.qp_num = details["qp_num"]
+        self.entries, self.peer = details.get("entries", ()), details.get("peer", "the other side")
         super().__init__(rule)
 
     def __reduce__(self) -> tuple[Callable[..., DmaError], tuple[object, ...]]:
         return _rebuild_completion, (self.rule, self.details)
 
 
-def _rebuild_completion(rule: str, details: dict[str, int | str]) -> DmaError:
+def _rebuild_completion(rule: str, details: dict[str, Any]) -> DmaError:
     return CompletionError(rule, **details)
 
 
@@ -197,14 +203,21 @@ def error_for(errno: int, rule: str, argument: str = "", value: object = None) -
     return kind(rule, errno=errno, argument=argument, value=value)
 
 
-def leave(close: Callable[[], object], error: BaseException | None) -> None:
-    """End a ``with`` block by ``close``. The block's own ``error`` stays the one that is raised: what ``close`` raises then
-    becomes a note of it.
+def at_end(error: BaseException | None, *steps: Callable[[], object]) -> None:
+    """The end of a ``with`` block: run every step, each though those before it failed. Raises the first failure where no
+    ``error`` is on its way; else that one stays the one that is told, and what failed becomes a note of it.
     """
-    try:
-        close()
-    except Exception as e:
-        if error is None:
-            raise
-        # what add_note does, which Python 3.10 has not
-        error.__notes__ = [*getattr(error, "__notes__", ()), f"while leaving the with block: {type(e).__name__}: {e}"]
+    first = None
+    for step in steps:
+        try:
+            step()
+        except Exception as e:
+            first = first or e
+    if first is None:
+        return
+    if error is None:
+        raise first
+    # what add_note does, which Python 3.10 has not
+    note = f"while leaving the with block: {type(first).__name__}: {first}"
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]
+

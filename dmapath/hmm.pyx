@@ -20,8 +20,8 @@ from dmapath.abi cimport (
 from dmapath.device cimport Device
 from dmapath.memory cimport PhysMemory
 
-from dmapath.addr import DmaAddr, as_count, as_length, as_phys
-from dmapath.errors import DmaValueError, NotSupportedError, StateError, error_for, leave
+from dmapath.addr import DmaAddr, as_integer, as_length, as_phys
+from dmapath.errors import DmaValueError, NotSupportedError, StateError, at_end, error_for
 
 #: Flags of a page, with Linux's bits (enum hmm_pfn_flags).
 VALID, WRITE, DMA_MAPPED, P2PDMA, P2PDMA_BUS = 1 << 63, 1 << 62, 1 << 60, 1 << 59, 1 << 58
@@ -173,7 +173,7 @@ cdef class HmmMap:
 
     def _check(self, i):
         self.must_live()
-        return as_count(i, "i", least=0, last=self.map.nr - 1)
+        return as_integer(i, "i", least=0, last=self.map.nr - 1)
 
     def map_pfn(self, i, phys, *, write=True):
         """Link page ``i`` to a physical page and sync it; its DmaAddr (hmm_dma_map_pfn).
@@ -237,7 +237,7 @@ cdef class HmmMap:
 
     def __exit__(self, kind, error, traceback):
         if self.live:
-            leave(self.free, error)
+            at_end(error, self.free)
 
     def __del__(self):
         if self.live and self.device.unmap_early():
@@ -330,4 +330,4 @@ class OdpRegion:
 
     def __exit__(self, kind, error, traceback):
         if not self.closed:
-            leave(self.close, error)
+            at_end(error, self.close)

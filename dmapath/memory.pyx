@@ -27,7 +27,7 @@ from dmapath.abi cimport (
 
 from dmapath.addr import PhysAddr, as_length, as_phys
 from dmapath.errors import (
-    DmaValueError, NoMemoryError, NotSupportedError, PermissionDeniedError, StateError, error_for, leave,
+    DmaValueError, NoMemoryError, NotSupportedError, PermissionDeniedError, StateError, at_end, error_for,
 )
 
 cdef extern from "<unistd.h>" nogil:
@@ -448,7 +448,7 @@ cdef class HostBuffer:
         return self
 
     def __exit__(self, kind, error, traceback):
-        leave(self.close, error)
+        at_end(error, self.close)
 
     def __len__(self):
         return self.view.len if self.held else 0

@@ -21,6 +21,7 @@ WRITABLE: int
 
 _Segments = Sequence[Segment] | Sequence[tuple[int, int]]
 
+def check_rights(access: int) -> int: ...
 def check_access(access: int) -> int: ...
 
 class MemoryRegion(Mappable):

@@ -4,7 +4,7 @@ block list (MTT) that a device's translation table would get (drivers/infiniband
 from dmapath.abi cimport DMA_ATTR_REQUIRE_COHERENT, DMA_BIDIRECTIONAL, DMA_RQ_SG
 from dmapath.request cimport Mappable
 
-from dmapath.addr import DmaAddr, as_dma, as_iova, as_length
+from dmapath.addr import DmaAddr, as_dma, as_integer, as_iova, as_length
 from dmapath.errors import DmaValueError, NotSupportedError, PermissionDeniedError
 
 PAGE = 4096
@@ -16,14 +16,22 @@ WRITABLE = LOCAL_WRITE | REMOTE_WRITE | REMOTE_ATOMIC | MW_BIND
 _OPTIONAL = 0x3ff << 20
 
 
-def check_access(access):
-    """Refuse what ib_check_mr_access refuses. Raises DmaValueError (EINVAL) or NotSupportedError (EOPNOTSUPP)."""
-    access = as_length(access, "access", least=0)
+def check_rights(access):
+    """Refuse what no device takes (ib_check_mr_access): unknown bits, and remote rights to write without the local one.
+    Raises DmaValueError (EINVAL)."""
+    access = as_integer(access, "access", last=2**32 - 1)
     if access & ~(0x3ff | _OPTIONAL):
         raise DmaValueError("unknown access bits (ib_check_mr_access)", argument="access", value=access)
     if access & (REMOTE_WRITE | REMOTE_ATOMIC) and not access & LOCAL_WRITE:
         raise DmaValueError("remote write or atomic access needs LOCAL_WRITE (ib_check_mr_access)", argument="access",
                             value=access)
+    return access
+
+
+def check_access(access):
+    """``check_rights``, and what a simulated device has not. Raises DmaValueError (EINVAL) or NotSupportedError
+    (EOPNOTSUPP)."""
+    access = check_rights(access)
     if access & (ON_DEMAND | FLUSH_GLOBAL | FLUSH_PERSISTENT):
         raise NotSupportedError("the simulated device has no ODP and no persistent flush (ib_check_mr_access)",
                                 argument="access", value=access)

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dmapath.addr import as_length
+from dmapath.addr import as_dma, as_integer, as_length
 from dmapath.errors import AddressTypeError, CompletionError
 
-__all__ = ["LOCAL_OPCODES", "REMOTE_ALL", "STATUS", "Completion", "cut", "entries_of"]
+__all__ = ["LOCAL_OPCODES", "REMOTE_ALL", "STATUS", "Completion", "as_key", "blame", "cut", "entries_of"]
 
 #: Remote rights: write, read and atomics (enum ib_access_flags).
 REMOTE_ALL = 2 | 4 | 8
@@ -25,7 +25,16 @@ _NAMES = {
     11: "remote operation", 12: "no answer within the retries", 13: "receiver not ready within the retries",
 }  # fmt: skip
 #: Opcodes whose address and key are the local ones.
-LOCAL_OPCODES = ("recv", "send", "send_imm", "local_inv", "bind_mw", "reg_mr")
+LOCAL_OPCODES = ("recv", "send", "send_imm", "send_inv", "local_inv", "bind_mw", "reg_mr")
+#: Statuses about this side's own entries, and about what is addressed at the other side.
+_LOCAL = (STATUS["loc_len"], STATUS["loc_qp_op"], STATUS["loc_prot"])
+_REMOTE = (STATUS["rem_inv_req"], STATUS["rem_access"], STATUS["rem_op"])
+_CAUSES = {
+    STATUS["flush"]: "the queue pair was in its error state: another request failed before, or somebody called fail()",
+    STATUS["retry"]: "{peer} does not answer: it is gone or in its error state, or the path to it is down",
+    STATUS["rnr_retry"]: "{peer} has posted no receive",
+}  # fmt: skip
+_SHOWN = 8  # entries that an error's text names at most
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,52 @@ class Completion:
         """The CompletionError that says what failed, or None."""
         if self.ok:
             return None
-        f = self.failure or {"opcode": self.opcode, "segment": 0, "address": 0, "key": 0, "length": 0}
-        where = "local " if f["opcode"] in LOCAL_OPCODES else "remote "
+        f = self.failure or blame(self.status, self.opcode)
         words = (f"request {self.request} ({f['opcode']}, {f['length']} bytes) of queue pair {self.qp_num}: "
-                 f"{self.status_name} ({self.status}), work request {f['segment']} of it, {where}address {f['address']:#x}, "
-                 f"key {f['key']:#x}; Qp.recover() brings the queue pair back")  # fmt: skip
+                 f"{self.status_name} ({self.status}), work request {f['segment']} of it, {_where(self.status, f)}; "
+                 "Qp.recover() brings the queue pair back")  # fmt: skip
         return CompletionError(words, status=self.status, status_name=self.status_name, request=self.request,
                                qp_num=self.qp_num, **f)  # fmt: skip
+
+
+def blame(
+    status: int, opcode: str, *, segment: int = 0, entries: Iterable[tuple[int, int, int]] = (),
+    unknown: Iterable[tuple[int, int, int]] = (), address: int = 0, key: int = 0, peer: str = "the other side",
+) -> dict[str, Any]:  # fmt: skip
+    """What a failed work request was, and which of its memory can be at fault (``Completion.failure``).
+
+    ``entries`` are its local ones, ``unknown`` those of them that no region known here covers; ``address`` and ``key`` what
+    it names at the other side (of an opcode without entries: its own).
+    """
+    mine, strange = tuple(entries), tuple(unknown)
+    local = opcode in LOCAL_OPCODES
+    suspects: tuple[tuple[int, int, int], ...]
+    if status in _REMOTE or status in (STATUS["retry"], STATUS["rnr_retry"]):
+        suspects = ()
+    else:
+        suspects = strange if status == STATUS["flush"] else strange or mine
+    if (suspects and (status in _LOCAL or status == STATUS["flush"])) or (local and mine):
+        address, _, key = (suspects or mine)[0]
+    return {"opcode": opcode, "segment": segment, "address": address, "key": key, "length": sum(n for _, n, _ in mine),
+            "entries": suspects, "peer": peer}  # fmt: skip
+
+
+def _where(status: int, f: dict[str, Any]) -> str:
+    """What can be at fault, in words: a cause, and memory of the side that the status speaks of, or of both."""
+    local = f["opcode"] in LOCAL_OPCODES
+    cause = _CAUSES.get(status, "what {peer} has posted to receive it" if local and status in _REMOTE else "")
+    words = [cause.format(peer=f["peer"])] if cause else []
+    words += [f"local address {a:#x}, key {k:#x}, {n} bytes" for a, n, k in f["entries"][:_SHOWN]]
+    if len(f["entries"]) > _SHOWN:
+        words.append(f"{len(f['entries']) - _SHOWN} entries more")
+    if not cause and status not in _LOCAL and not local:
+        words.append(f"remote address {f['address']:#x}, key {f['key']:#x}")
+    return " or ".join(words or [f"local address {f['address']:#x}, key {f['key']:#x}"])
+
+
+def as_key(value: int, argument: str) -> int:
+    """A key of 32 bits."""
+    return as_integer(value, argument, last=2**32 - 1, what="a key")
 
 
 def entries_of(segments: Any, *, keyless: bool = False) -> list[tuple[int, int, int]]:
@@ -69,11 +117,14 @@ def entries_of(segments: Any, *, keyless: bool = False) -> list[tuple[int, int, 
     """
     if hasattr(segments, "segment"):
         return [segments.segment()]
+    if not hasattr(segments, "__iter__"):
+        raise AddressTypeError("a Mapping, a memory region, Segments or (address, bytes, lkey)", argument="segments",
+                               value=segments)  # fmt: skip
     out = []
     for i, s in enumerate(segments):
-        if isinstance(s, tuple):
-            addr, n, key = s
-            out.append((int(addr), as_length(n, f"segments[{i}].length", least=0), key))
+        if isinstance(s, tuple) and len(s) == 3:
+            addr, n = as_dma(s[0], f"segments[{i}].addr"), as_length(s[1], f"segments[{i}].length", least=0)
+            out.append((addr, n, as_key(s[2], f"segments[{i}].lkey")))
         elif hasattr(s, "lkey") and (s.lkey or keyless):
             out.append((int(s.addr), s.length, s.lkey))
         else:

@@ -135,8 +135,9 @@ def _verbs_row(pd: Pd, case: Case, method: str, op: str, access: int | None, thr
         with dev.map(bio) as m:
             counters = dev.counters()
             row: dict[str, Any] = {
-                "ranges": len(bio.vecs), "registrations": counters["registrations"], "lkeys": len({s.lkey for s in m}),
-                "sges": sum(len(g) for g in cut(entries_of(m), 1 << 30, 1 << 62)),
+                "ranges": len(bio.vecs), "registrations": counters["registrations"],
+                "lkeys": len({s.lkey for s in m.segments}),
+                "sges": sum(len(g) for g in cut(entries_of(m.segments), 1 << 30, 1 << 62)),
                 "pinned_bytes": counters["registered_live"],
             }  # fmt: skip
         if threads == 1:

@@ -33,7 +33,7 @@ from dmapath.wrapper cimport map_next, map_start, unmap
 from dmapath import rules
 from dmapath.addr import as_length
 from dmapath.descriptors import FORM_RULES, FORMS
-from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NvmeError, StateError, error_for, leave
+from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NvmeError, StateError, at_end, error_for
 from dmapath.limits import QueueLimits
 from dmapath.nvme_status import status_name
 
@@ -771,7 +771,7 @@ cdef class Nvme:
 
     def __exit__(self, kind, error, traceback):
         if self.up:  # after an error what is in flight is given up
-            leave(self.close if error is None else self.stop, error)
+            at_end(error, self.close if error is None else self.stop)
 
     def __del__(self):
         if self.up:  # while all that it reaches is whole

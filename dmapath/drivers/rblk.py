@@ -6,17 +6,19 @@ or found in a cache, and on which device, is the back end's business.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dmapath.addr import as_dma, as_integer, as_length, as_seconds
 from dmapath.bio import Bio, Request
 from dmapath.device import Device, Mapping
-from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NoMemoryError, StateError, VerbsError, leave
+from dmapath.errors import AddressTypeError, DmaError, DmaValueError, NoMemoryError, StateError, VerbsError, at_end
 from dmapath.limits import QueueLimits
-from dmapath.rdma import STATUS
+from dmapath.rdma import STATUS, as_key
 
 __all__ = ["Io", "Rblk"]
 
@@ -52,7 +54,7 @@ class Io:
         return [c.error for c in self.commands if c.error is not None]
 
     def wait(self, timeout: float = 10.0) -> None:
-        """Work until all are done; raises the first error. VerbsError (ETIMEDOUT) when nothing completes in ``timeout``
+        """Work until all are done; raises the first error. VerbsError (ETIMEDOUT) when they are not within ``timeout``
         seconds.
         """
         self.driver.drive(self, timeout)
@@ -85,11 +87,12 @@ class Rblk:
     def __init__(self, device: Device, qp: Any, remote_addr: int, rkey: int, size: int, *, queue_depth: int = 16,
                  policy: str = "unified", max_bytes: int = 1 << 20, retries: int = 3,
                  recover: Callable[[], None] | None = None) -> None:  # fmt: skip
-        if size % SECTOR or size <= 0:
+        if as_length(size, "size") % SECTOR:
             raise DmaValueError("whole sectors of 512 bytes", argument="size", value=size)
-        if not 1 <= queue_depth <= qp.depth:
-            raise DmaValueError(f"1 to the queue pair's {qp.depth}", argument="queue_depth", value=queue_depth)
-        self.device, self.qp, self.remote_addr, self.rkey, self.size = device, qp, int(remote_addr), rkey, size
+        queue_depth = as_integer(queue_depth, "queue_depth", least=1, last=qp.depth, what="the queue pair's depth")
+        max_bytes, retries = as_length(max_bytes, "max_bytes", least=SECTOR), as_integer(retries, "retries")
+        rkey, remote_addr = as_key(rkey, "rkey"), as_dma(remote_addr, "remote_addr")
+        self.device, self.qp, self.remote_addr, self.rkey, self.size = device, qp, remote_addr, rkey, size
         self.queue_depth, self.policy, self.max_bytes, self.retries = queue_depth, policy, max_bytes, retries
         self._recover = qp.recover if recover is None else recover
         # a quarter of the send queue at most, so that requests overlap
@@ -126,10 +129,11 @@ class Rblk:
             raise DmaValueError(f"within the disk's {self.size} bytes", argument="requests", value=request)
         return [*request.split(self._limits, max_bytes=self.max_bytes)] if isinstance(request, Bio) else [request]
 
-    def run(self, requests: Bio | Request | Iterable[Bio | Request]) -> Io:
+    def run(self, requests: Bio | Request | Iterable[Bio | Request], timeout: float = 10.0) -> Io:
         """Submit and wait."""
+        as_seconds(timeout)
         io = self.submit(requests)
-        io.wait()
+        io.wait(timeout)
         return io
 
     # ---- the flow
@@ -190,12 +194,16 @@ class Rblk:
 
     def drive(self, io: Io, timeout: float) -> None:
         """Work until an Io is done; Io.wait calls it."""
+        end = time.monotonic() + as_seconds(timeout)
         if not io.done:
             self._must_live()
         while not io.done:
             self._issue()
-            if not io.done and self._reap(timeout) == 0:
-                raise VerbsError(f"nothing completed within {timeout} s", errno=110, argument="timeout", value=timeout)
+            got = 0 if io.finished == len(io.commands) else self._reap(max(0.0, end - time.monotonic()))
+            if got == 0 and io.finished < len(io.commands) and time.monotonic() >= end:
+                undone = len(io.commands) - io.finished
+                raise VerbsError(f"{undone} of {len(io.commands)} requests did not complete within {timeout} s; they are in "
+                                 "flight until close()", errno=110, argument="timeout", value=timeout)  # fmt: skip
 
     # ---- what it did
 
@@ -209,15 +217,26 @@ class Rblk:
         return dict(self._counts)
 
     def close(self) -> None:
-        """StateError while requests are in flight; the queue pair stays its owner's."""
-        if self._flying or self._waiting:
-            raise StateError("requests are in flight: wait for them", argument="self",
-                             value=list(itertools.islice(self._flying, 3)))  # fmt: skip
+        """Give everything back. Requests in flight fail with a StateError, and the queue pair, which stays its owner's, is
+        reset first, so that nothing of theirs moves any more: ``Qp.recover`` brings it back.
+        """
+        if self._closed:
+            return
         self._closed = True
+        flying, waiting = list(self._flying.values()), list(self._waiting)
+        self._flying.clear()
+        self._waiting.clear()
+        ended = StateError("the driver was closed before it was done", argument="requests", value=len(flying) + len(waiting))
+        for command in (*(c for c, _ in flying), *waiting):
+            self._finish(command, ended)
+        with contextlib.suppress(DmaError):  # the queue pair is closed, or its device is gone: nothing moves then either
+            if flying:
+                self.qp.reset()
+        at_end(None, *(mapping.unmap for _, mapping in flying))
 
     def __enter__(self) -> Rblk:
         self._must_live()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        leave(self.close, error)
+        at_end(error, self.close)

@@ -21,7 +21,7 @@ from dmapath.device cimport CoherentBuffer
 from dmapath.drivers.rnic cimport Context, Pd, rnic_port, run_command
 
 from dmapath.addr import as_length
-from dmapath.errors import DmaValueError, StateError, leave
+from dmapath.errors import DmaValueError, StateError, at_end
 from dmapath.mr import LOCAL_WRITE, check_access
 
 cdef enum:
@@ -521,7 +521,7 @@ cdef class Registered:
         return self
 
     def __exit__(self, kind, error, traceback):
-        leave(self.close, error)
+        at_end(error, self.close)
 
     def __dealloc__(self):
         cdef uint32_t i

@@ -8,7 +8,7 @@ cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from dmapath._clock cimport now_ns
+from dmapath._clock cimport end_of, now_ns
 from dmapath._core cimport lock_acquire, lock_release
 from dmapath._rnic cimport (
     RNIC_CMP_SWP, RNIC_COMMAND, RNIC_CQ_BELLS, RNIC_CREATE_CQ, RNIC_CREATE_MKEY, RNIC_CREATE_QP, RNIC_DESTROY_CQ,
@@ -21,10 +21,10 @@ from dmapath.abi cimport dma_writeq
 from dmapath.device cimport Device
 from dmapath.mmio cimport registers_of
 
-from dmapath.addr import DmaAddr, as_bits, as_count, as_length, as_remote, as_seconds
-from dmapath.errors import DmaValueError, NoMemoryError, StateError, VerbsError, error_for, leave
+from dmapath.addr import DmaAddr, as_bits, as_integer, as_length, as_remote, as_seconds
+from dmapath.errors import DmaValueError, NoMemoryError, StateError, VerbsError, at_end, error_for
 from dmapath.mr import LOCAL_WRITE, MemoryRegion, check_access, dma_blocks, sg_to_pages
-from dmapath.rdma import LOCAL_OPCODES, REMOTE_ALL, Completion, cut, entries_of
+from dmapath.rdma import LOCAL_OPCODES, REMOTE_ALL, Completion, blame, cut, entries_of
 
 OPCODES = {"send": RNIC_SEND, "send_imm": RNIC_SEND, "send_inv": RNIC_SEND_INV, "write": RNIC_WRITE,
            "write_imm": RNIC_WRITE_IMM, "read": RNIC_READ}
@@ -32,6 +32,12 @@ _NAMES = {RNIC_SEND: "send", RNIC_SEND_INV: "send_inv", RNIC_WRITE: "write", RNI
           RNIC_CMP_SWP: "cmp_swp", RNIC_FETCH_ADD: "fetch_add", RNIC_LOCAL_INV: "local_inv", RNIC_REG_MR: "reg_mr",
           RNIC_WC_RECV: "recv", RNIC_WC_RECV + 1: "recv_write_imm"}
 cdef uint64_t RECV_BIT = 1ULL << 63  # in an id: a receive's
+
+
+# seconds until a deadline (_clock.end_of), 0 where it has passed
+cdef inline double left(uint64_t end) noexcept nogil:
+    cdef uint64_t now = now_ns()
+    return <double>(end - now) / 1e9 if end > now else 0
 
 
 # one command, from its start to its answer: 0 or -errno, and the result in it
@@ -92,7 +98,7 @@ cdef class Context:
         return self
 
     def __exit__(self, kind, error, traceback):
-        leave(self.close, error)
+        at_end(error, self.close)
 
 
 @cython.no_gc_clear  # keys are given back through it
@@ -181,7 +187,7 @@ cdef class Mr:
         return self
 
     def __exit__(self, kind, error, traceback):
-        leave(self.release, error)
+        at_end(error, self.release)
 
     def __repr__(self):
         return f"Mr({self.length} bytes at {int(self.addr):#x}, key {self.lkey:#x})"
@@ -194,7 +200,7 @@ cdef class FastMr:
 
     def __cinit__(self, Pd pd not None, max_pages=256):
         cdef rnic_command c
-        self.pd, self.max_pages = pd, as_count(max_pages, "max_pages", least=1, last=512)
+        self.pd, self.max_pages = pd, as_integer(max_pages, "max_pages", least=1, last=512)
         self.table = pd.context.device.alloc_coherent(8 * self.max_pages)
         self.pages = <uint64_t *>self.table.host
         memset(&c, 0, sizeof(c))
@@ -241,7 +247,7 @@ cdef class FastMr:
         return self
 
     def __exit__(self, kind, error, traceback):
-        leave(self.free, error)
+        at_end(error, self.free)
 
 
 @cython.no_gc_clear
@@ -250,7 +256,7 @@ cdef class Cq:
 
     def __cinit__(self, Context context not None, cqe=256):
         cdef rnic_command c
-        self.context, self.cqe, self.qps = context, as_count(cqe, "cqe", least=1, last=65536), {}
+        self.context, self.cqe, self.qps = context, as_integer(cqe, "cqe", least=1, last=65536), {}
         self.ring = context.device.alloc_coherent(self.cqe * sizeof(rnic_cqe))
         memset(&c, 0, sizeof(c))
         c.op, c.cq.addr, c.cq.entries = RNIC_CREATE_CQ, self.ring.addr_.v, self.cqe
@@ -306,7 +312,7 @@ cdef class Cq:
 
     def poll(self, n=64, timeout=0.0):
         """Completions in order: list of Completion, at most n; waits ``timeout`` seconds for the first."""
-        return [done for _, done in self.wait_for(as_count(n, "n", least=1), as_seconds(timeout))]
+        return [done for _, done in self.wait_for(as_integer(n, "n", least=1), as_seconds(timeout))]
 
     def close(self):
         """Destroy it. DmaValueError (EBUSY) while a queue pair uses it."""
@@ -321,7 +327,7 @@ cdef class Cq:
         return self
 
     def __exit__(self, kind, error, traceback):
-        leave(self.close, error)
+        at_end(error, self.close)
 
 
 @cython.no_gc_clear
@@ -330,8 +336,8 @@ cdef class Qp:
 
     def __cinit__(self, Pd pd not None, Cq cq=None, *, Cq recv_cq=None, max_send_wr=128, max_recv_wr=128):
         cdef rnic_command c
-        self.pd, self.depth = pd, as_count(max_send_wr, "max_send_wr", least=1, last=16384)
-        self.recv_depth = as_count(max_recv_wr, "max_recv_wr", least=1, last=16384)
+        self.pd, self.depth = pd, as_integer(max_send_wr, "max_send_wr", least=1, last=16384)
+        self.recv_depth = as_integer(max_recv_wr, "max_recv_wr", least=1, last=16384)
         self.own_cq = cq is None
         self.send_cq = Cq(pd.context, self.depth + self.recv_depth) if cq is None else cq
         self.recv_cq = self.send_cq if recv_cq is None else recv_cq
@@ -562,32 +568,30 @@ cdef class Qp:
             self.state = "error"
         if e.id & RECV_BIT:
             self.rtail = seq + 1
-            failure = dict(opcode="recv", segment=0, address=0, key=0, length=e.len) if e.status else None
+            failure = {**blame(e.status, "recv"), "length": e.len} if e.status else None
             return Completion(seq, e.status, name, e.len, imm, self.qp_num, failure)
         self.tail = seq + 1
         first = self.first[seq % self.depth]
         if not e.status:
             return Completion(first, 0, name, e.len, imm, self.qp_num, None)
         w = <rnic_wqe *>self.sq.host + seq % self.depth
-        length = sum(w.sge[i].len for i in range(w.nsge)) if not w.flags & RNIC_INLINED else w.inline_len
-        address, key = w.remote_addr, w.rkey
-        if name in LOCAL_OPCODES:
-            address, key = (w.sge[0].addr, w.sge[0].key) if w.nsge else (w.remote_addr, w.imm or w.rkey)
-        return Completion(first, e.status, name, length, None, self.qp_num,
-                          dict(opcode=name, segment=seq - first, address=address, key=key, length=length))
+        entries = [] if w.flags & RNIC_INLINED else [(w.sge[i].addr, w.sge[i].len, w.sge[i].key) for i in range(w.nsge)]
+        length = w.inline_len if w.flags & RNIC_INLINED else sum(n for _, n, _ in entries)
+        key = (w.imm or w.rkey) if name in LOCAL_OPCODES else w.rkey
+        failure = blame(e.status, name, segment=seq - first, entries=entries, address=w.remote_addr, key=key)
+        return Completion(first, e.status, name, length, None, self.qp_num, {**failure, "length": length})
 
     def wait(self, request, timeout=10.0):
         """Wait until a posted request is complete. Raises CompletionError where it, or one before it, failed, and VerbsError
-        (ETIMEDOUT) when nothing came in ``timeout`` seconds."""
-        cdef uint64_t want = as_bits(request, "request", 64), last = want
-        timeout = as_seconds(timeout)
+        (ETIMEDOUT) when it is not within ``timeout`` seconds."""
+        cdef uint64_t want = as_bits(request, "request", 64), last = want, end = end_of(as_seconds(timeout))
         self.must_live()
         if want >= self.head:
             raise DmaValueError("the id of a request that was posted", argument="request", value=request)
         while last + 1 < self.head and self.first[(last + 1) % self.depth] == want:
             last += 1
         while self.tail <= last:
-            if self.send_cq._dispatch(timeout) == 0:
+            if self.send_cq._dispatch(left(end)) == 0 or self.tail <= last and left(end) == 0:
                 raise VerbsError(f"request {request} did not complete within {timeout} s", errno=110, argument="request",
                                  value=request)
         for seq in sorted(self.failures):
@@ -597,10 +601,10 @@ cdef class Qp:
     def arrived(self, timeout=10.0):
         """The next completion of a receive: a Completion. CompletionError where it failed; VerbsError (ETIMEDOUT) when
         nothing came in ``timeout`` seconds."""
-        timeout = as_seconds(timeout)
+        cdef uint64_t end = end_of(as_seconds(timeout))
         self.must_live()
         while not self.arrivals:
-            if self.recv_cq._dispatch(timeout) == 0:
+            if self.recv_cq._dispatch(left(end)) == 0 or not self.arrivals and left(end) == 0:
                 raise VerbsError(f"nothing was received within {timeout} s", errno=110, argument="timeout", value=timeout)
         done = self.arrivals.popleft()
         if not done.ok:
@@ -626,7 +630,7 @@ cdef class Qp:
         return self
 
     def __exit__(self, kind, error, traceback):
-        leave(self.close, error)
+        at_end(error, self.close)
 
 
 def loopback(Pd pd not None, **options):

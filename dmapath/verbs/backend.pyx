@@ -39,7 +39,7 @@ from dmapath.verbs.resources cimport Pd, fork_count
 
 from dmapath.addr import as_length
 from dmapath.backends.base import COUNTERS
-from dmapath.errors import CompletionError, DmaValueError, NotSupportedError, StateError
+from dmapath.errors import CompletionError, DmaValueError, NotSupportedError, StateError, at_end
 from dmapath.mr import LOCAL_WRITE, ON_DEMAND, check_access
 from dmapath.verbs.bridge import pyverbs_mr
 from dmapath.verbs.probe import require
@@ -977,6 +977,7 @@ cdef class Verbs:
                 raise NotSupportedError(self.why(-rc) or "the arena cannot be registered", errno=-rc, argument="memory",
                                         value=memory)
         memory.notifiers.add(self)
+        pd.made.add(self)
 
     def attach(self, device):
         """Called by the Device that maps on it."""
@@ -1121,6 +1122,17 @@ cdef class Verbs:
     def invalidate_end(self):
         """Called after they went."""
 
+    def covers(self, entry, write):
+        """Whether an entry (address, bytes, lkey) of a work request lies in a registration, with the right to write it where
+        wanted."""
+        cdef uint64_t addr = entry[0], end = entry[0] + entry[1]
+        cdef uint32_t key = entry[2]
+        cdef slot *s = slot_of(&self.p, addr)
+        cdef reg *r = s.regs if s != NULL else NULL
+        while r != NULL and not (r.start <= addr and end <= r.end and r.mr.lkey == key):
+            r = r.next
+        return r != NULL and (not write or s.access & LW != 0)
+
     def pyverbs(self, segment):
         """A real pyverbs MR over the bytes of a mapped segment, with its rights. It is a registration of its own, with an
         address and keys of its own (pyverbs cannot adopt one): close it before the unmap. Needs a Pd of pyverbs' own."""
@@ -1151,11 +1163,15 @@ cdef class Verbs:
                 index_drop(&self.p, s)
                 dissolve(&self.p, s)
 
+    def abandon(self):
+        """As ``close``."""
+        self.close()
+
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        at_end(error, self.close)
 
     def __dealloc__(self):
         cdef uint32_t i

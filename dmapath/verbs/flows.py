@@ -64,8 +64,8 @@ def _row(pd: Pd, qp: Qp, far: Mr, peer: bytearray, n: int, alignment: str, metho
             peer[:total] = data = os.urandom(total)
             into = flow(dev, Bio.from_memory(memory, places, "read"), lambda m: qp.read(m, far.addr, far.rkey))
             good &= b"".join(bytes(view[a : a + k]) for a, k in places) == data
-            groups = cut(entries_of(out[3]), qp.max_sge, pd.context.attr["max_msg_sz"])
-            sizes = (made, len({s.lkey for s in out[3]}), sum(len(g) for g in groups), len(groups))
+            groups = cut(entries_of(out[3].segments), qp.max_sge, pd.context.attr["max_msg_sz"])
+            sizes = (made, len({s.lkey for s in out[3].segments}), sum(len(g) for g in groups), len(groups))
             times.append((out[0], out[1], into[1], out[2]))
     middle = [sorted(column)[ROUNDS // 2] for column in zip(*times, strict=True)]
     return {

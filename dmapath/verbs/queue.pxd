@@ -2,7 +2,8 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from dmapath.verbs.ibv cimport (
-    ibv_cq, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr, ibv_send_wr, ibv_sge, ibv_wc, ibv_wr_opcode,
+    ibv_cq, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr, ibv_send_wr, ibv_sge, ibv_wc,
+    ibv_wr_opcode,
 )
 from dmapath.verbs.resources cimport Context, Pd
 
@@ -16,10 +17,11 @@ cdef class Cq:
     cdef dict qps      # number -> weak reference
     cdef Qp last       # of the completion before, most often of the next one too
     cdef ibv_cq *ptr(self) except NULL
-    cdef int fetch(self, ibv_cq *cq, int n, double timeout) except -1
+    cdef int fetch(self, ibv_cq *cq, int n, uint64_t end) except -1
     cdef Qp owner_of(self, uint32_t qp_num)
     cdef int check_room(self, long n) except -1
-    cdef int dispatch(self, double timeout) except -1
+    cdef int dispatch(self, uint64_t end) except -1
+    cdef object __weakref__
 
 
 cdef class Batch:
@@ -50,11 +52,13 @@ cdef class Qp:
     cdef dict failures       # first sequence number of a request -> its failed Completion
     cdef object arrivals     # Completions of receives that somebody else's wait met
     cdef ibv_qp *ptr(self) except NULL
+    cdef ibv_qp *ready(self, ibv_qp_state least) except NULL
     cdef object __weakref__
     cdef _adopt(self, of, Cq cq, Cq recv_cq, ibv_qp_init_attr *init)
-    cdef _modify(self, ibv_qp_attr *attr, ibv_qp_state state, int mask)
+    cdef _create(self, ibv_pd *pd, ibv_qp_init_attr *init)
+    cdef _modify(self, ibv_qp_attr *attr, ibv_qp_state state, int mask, str argument=*, value=*)
     cdef _init(self, unsigned int access)
-    cdef _ready_to_receive(self, mtu, min_rnr_timer)
+    cdef _ready_to_receive(self, remote, mtu, min_rnr_timer)
     cdef _ready_to_send(self, timeout, retry_cnt, rnr_retry)
     cdef int room(self, uint64_t n) except -1
     cdef ibv_send_wr *take(self, ibv_wr_opcode opcode, uint64_t first) noexcept nogil

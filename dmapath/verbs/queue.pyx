@@ -16,7 +16,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from dmapath._clock cimport now_ns
+from dmapath._clock cimport end_of, now_ns
 from dmapath.verbs.bridge cimport as_cq, as_qp, pointer
 from dmapath.verbs.ibv cimport (
     IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_CAP, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
@@ -33,13 +33,15 @@ from dmapath.verbs.ibv cimport (
 from dmapath.verbs.resources cimport Context, Mr, Mw, Pd, failed
 
 from dmapath import rdma
-from dmapath.addr import as_length
+from dmapath.addr import as_dma, as_integer, as_length, as_seconds
 from dmapath.errors import (
+    at_end,
     AddressTypeError, DmaValueError, NoMemoryError, NotSupportedError, StateError, VerbsError,
 )
-from dmapath.mr import LOCAL_WRITE, MW_BIND
-from dmapath.rdma import REMOTE_ALL, cut, entries_of
+from dmapath.mr import LOCAL_WRITE, MW_BIND, REMOTE_ATOMIC, REMOTE_WRITE
+from dmapath.rdma import REMOTE_ALL, as_key, cut, entries_of
 from dmapath.verbs.bridge import is_pyverbs
+from dmapath.verbs.resources import give_back
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -56,6 +58,7 @@ _NAMES = {**{number: name for name, number in OPCODES.items()}, IBV_WR_ATOMIC_CM
 #: Opcodes of completions (enum ibv_wc_opcode).
 _WC_NAMES = {0: "send", 1: "write", 2: "read", 3: "cmp_swp", 4: "fetch_add", 5: "bind_mw", 6: "local_inv", 128: "recv",
              129: "recv_write_imm"}
+_QP_RIGHTS = LOCAL_WRITE | REMOTE_ALL | MW_BIND
 STATES = ("reset", "init", "rtr", "rts", "sqd", "sqe", "error", "unknown")
 
 
@@ -84,8 +87,9 @@ cdef class Cq:
     thread at a time polls it, or waits on a queue pair that uses it.
     """
 
-    def __cinit__(self, of, int cqe=256, *, Context context=None):
+    def __cinit__(self, of, cqe=256, *, Context context=None):
         cdef ibv_context *c
+        cdef int entries
         self.qps = {}
         self.wc = <ibv_wc *>calloc(POLL, sizeof(ibv_wc))
         if self.wc == NULL:
@@ -93,10 +97,12 @@ cdef class Cq:
         if isinstance(of, Context):
             self.context = of
             c = self.context.ptr()
-            self.c = ibv_create_cq(c, cqe, NULL, NULL, 0)
+            entries = self.context.limit(cqe, "cqe", "max_cqe")
+            self.c = ibv_create_cq(c, entries, NULL, NULL, 0)
             if self.c == NULL:
                 raise failed("ibv_create_cq", errno, "cqe", cqe)
             self.context.children += 1
+            self.context.made.add(self)
         elif is_pyverbs(of):
             if context is None:
                 raise DmaValueError("the Context of a pyverbs CQ must be given", argument="context", value=context)
@@ -127,16 +133,13 @@ cdef class Cq:
                                 value=self.cqe)
         return 0
 
-    # completions into self.wc: as many as there are, at most n; with a timeout, waits for the first
-    cdef int fetch(self, ibv_cq *cq, int n, double timeout) except -1:
+    # completions into self.wc: as many as there are, at most n; waits for the first until `end` (now_ns; 0: not at all)
+    cdef int fetch(self, ibv_cq *cq, int n, uint64_t end) except -1:
         cdef int got
-        cdef uint64_t end = 0
         cdef ibv_wc *wc = self.wc
         n = n if n < POLL else POLL
         got = ibv_poll_cq(cq, n, wc)
-        while got == 0 and timeout > 0:
-            if end == 0:
-                end = now_ns() + <uint64_t>(timeout * 1e9)
+        while got == 0 and end:
             with nogil:
                 got = spin(cq, n, wc, end)
             if got or now_ns() > end:
@@ -152,9 +155,9 @@ cdef class Cq:
             self.last = ref() if ref is not None else None
         return self.last
 
-    # take what is there and leave it with the queue pairs it belongs to; returns how many completions came
-    cdef int dispatch(self, double timeout) except -1:
-        cdef int i, got = self.fetch(self.ptr(), POLL, timeout)
+    # take what is there, wait for the first until `end`, and leave it with the queue pairs it belongs to; how many came
+    cdef int dispatch(self, uint64_t end) except -1:
+        cdef int i, got = self.fetch(self.ptr(), POLL, end)
         cdef Qp qp
         for i in range(got):
             qp = self.owner_of(self.wc[i].qp_num)
@@ -168,28 +171,35 @@ cdef class Cq:
         return got
 
     def poll(self, int n=64, timeout=0.0):
-        """Completions in order: list of Completion, at most n; waits ``timeout`` seconds for the first. Failed ones are in
-        the list too (``ok``)."""
-        cdef int i, got = self.fetch(self.ptr(), n, timeout)
+        """Completions in order: list of Completion, at most n; waits ``timeout`` seconds in all for the first. Failed ones
+        are in the list too (``ok``)."""
+        cdef ibv_cq *cq = self.ptr()
+        cdef int i, got, most = as_integer(n, "n", least=1, last=2**31 - 1)
+        cdef double seconds = as_seconds(timeout)
+        cdef uint64_t end = end_of(seconds) if seconds > 0 else 0
         cdef Qp qp
         out = []
-        for i in range(got):
-            qp = self.owner_of(self.wc[i].qp_num)
-            if qp is None:
-                out.append(Completion(self.wc[i].wr_id, self.wc[i].status, "unknown", self.wc[i].byte_len, None,
-                                      self.wc[i].qp_num, None))
-            elif qp.retire(&self.wc[i]):
-                out.append(qp.describe(&self.wc[i]))
-        return out
+        while True:
+            got = self.fetch(cq, most, end)
+            for i in range(got):
+                qp = self.owner_of(self.wc[i].qp_num)
+                if qp is None:
+                    out.append(Completion(self.wc[i].wr_id, self.wc[i].status, "unknown", self.wc[i].byte_len, None,
+                                          self.wc[i].qp_num, None))
+                elif qp.retire(&self.wc[i]):
+                    out.append(qp.describe(&self.wc[i]))
+            if out or got == 0:  # what came may have been of before a reset, and is nobody's
+                return out
 
-    def drain(self, int n, double timeout=10.0):
+    def drain(self, n, timeout=10.0):
         """Wait for ``n`` completions; returns how many came. One call, whatever n is: the fast way. Raises CompletionError
-        at the first that failed, and VerbsError (ETIMEDOUT) when none came in ``timeout`` seconds."""
+        at the first that failed, and VerbsError (ETIMEDOUT) when not all came within ``timeout`` seconds."""
         cdef ibv_cq *cq = self.ptr()
-        cdef int done = 0, got, i
+        cdef int done = 0, got, i, most = as_integer(n, "n", last=2**31 - 1)
+        cdef uint64_t end = end_of(as_seconds(timeout))
         cdef Qp qp
-        while done < n:
-            got = self.fetch(cq, n - done, timeout)
+        while done < most:
+            got = self.fetch(cq, most - done, end)
             if got == 0:
                 raise VerbsError(f"{done} of {n} completions came within {timeout} s", errno=ETIMEDOUT, argument="n",
                                  value=n)
@@ -212,11 +222,16 @@ cdef class Cq:
             self.c = NULL
             self.context.children -= 1
 
+    def abandon(self):
+        """As ``close``, but queue pairs that use it are closed before; the refusal is raised all the same, afterwards."""
+        give_back(self.close, [ref() for ref in self.qps.values()])
+
     def __enter__(self):
+        self.ptr()
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        at_end(error, self.abandon)
 
     def __dealloc__(self):
         if self.owner is None and self.c != NULL and self.context.alive():
@@ -244,6 +259,12 @@ class QpInfo:
     lid: int
     mtu: int
 
+    def __post_init__(self):
+        for name, most in (("qp_num", 0xffffff), ("psn", 0xffffff), ("lid", 0xffff), ("mtu", 4096)):
+            as_integer(getattr(self, name), name, last=most)
+        if not isinstance(self.gid, bytes) or len(self.gid) != 16:
+            raise DmaValueError("16 bytes", argument="gid", value=self.gid)
+
     def to_json(self):
         """One line of text for any exchange (a socket, a file)."""
         return json.dumps({"qp_num": self.qp_num, "psn": self.psn, "gid": self.gid.hex(), "lid": self.lid, "mtu": self.mtu})
@@ -254,7 +275,7 @@ class QpInfo:
         try:
             d = json.loads(text)
             return cls(int(d["qp_num"]), int(d["psn"]), bytes.fromhex(d["gid"]), int(d["lid"]), int(d["mtu"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise DmaValueError("what QpInfo.to_json gives", argument="text", value=text) from None
 
 
@@ -263,7 +284,7 @@ cdef fill64(uint64_t *to, uint32_t n, value, name):
     cdef uint32_t i
     cdef uint64_t one
     if hasattr(value, "__index__") and not hasattr(value, "__len__"):
-        one = value.__index__()
+        one = as_integer(value, name)
         for i in range(n):
             to[i] = one
         return
@@ -276,7 +297,7 @@ cdef fill32(uint32_t *to, uint32_t n, value, name):
     cdef const unsigned int[::1] view
     cdef uint32_t i, one
     if hasattr(value, "__index__") and not hasattr(value, "__len__"):
-        one = value.__index__()
+        one = as_integer(value, name, last=2**32 - 1)
         for i in range(n):
             to[i] = one
         return
@@ -286,7 +307,11 @@ cdef fill32(uint32_t *to, uint32_t n, value, name):
 
 
 cdef column(value, uint32_t n, name, size):
-    view = memoryview(value)
+    try:
+        view = memoryview(value)
+    except TypeError:
+        raise AddressTypeError(f"an integer, or a buffer of {n} unsigned integers of {size} bytes", argument=name,
+                               value=value) from None
     if view.ndim != 1 or view.shape[0] != n or view.itemsize != size or view.format.lstrip("@=<") not in ("I", "L", "Q"):
         raise DmaValueError(f"an integer, or a buffer of {n} unsigned integers of {size} bytes", argument=name, value=view)
     return view.cast("B").cast("Q" if size == 8 else "I")
@@ -339,45 +364,43 @@ cdef class Qp:
     cq, recv_cq : Cq
         None: one of its own for both.
     max_send_wr, max_recv_wr, max_sge, max_inline : int
-        Work requests outstanding, entries in each, bytes sent inline.
+        Work requests outstanding, entries in each (None: 16, or as many as the device takes), bytes sent inline.
     overcommit : bool
         Share a completion queue that is too small for everything that may be outstanding.
     """
 
     def __cinit__(self, Pd pd not None, Cq cq=None, *, Cq recv_cq=None, of=None, max_send_wr=128, max_recv_wr=128,
-                  max_sge=16,
-                  max_inline=0, bint overcommit=False):
+                  max_sge=None, max_inline=0, bint overcommit=False):
         cdef ibv_qp_init_attr init
         cdef ibv_pd *p = pd.ptr()
         self.pd, self.failures, self.arrivals = pd, {}, deque()
         memset(&init, 0, sizeof(init))
         limit = pd.context.attr
-        for name, value, most in (("max_send_wr", max_send_wr, limit["max_qp_wr"]), ("max_sge", max_sge, 1 << 16),
-                                  ("max_recv_wr", max_recv_wr, limit["max_qp_wr"])):
-            if not 0 < value <= most:
-                raise DmaValueError(f"1 to {most}, the device's limit", argument=name, value=value)
+        for name, queue in (("cq", cq), ("recv_cq", recv_cq)):
+            if queue is not None and (<Cq>queue).context.ptr() != pd.context.ptr():
+                raise DmaValueError("a queue of the protection domain's own device", argument=name, value=queue)
         if of is not None:
             self._adopt(of, cq, recv_cq, &init)
         else:
+            init.cap.max_send_wr = pd.context.limit(max_send_wr, "max_send_wr", "max_qp_wr")
+            init.cap.max_recv_wr = pd.context.limit(max_recv_wr, "max_recv_wr", "max_qp_wr")
+            most = min(16, limit["max_sge"]) if max_sge is None else pd.context.limit(max_sge, "max_sge", "max_sge")
+            init.cap.max_send_sge = init.cap.max_recv_sge = most
+            init.cap.max_inline_data = as_integer(max_inline, "max_inline", last=2**31 - 1)
+            self.depth, self.recv_depth, self.max_sge = max_send_wr, max_recv_wr, most
             self.own_cq = cq is None
             if self.own_cq:
-                cq = Cq(pd.context, max_send_wr + max_recv_wr)
+                cq = Cq(pd.context, max_send_wr + max_recv_wr if recv_cq is None else max_send_wr)
             recv_cq = cq if recv_cq is None else recv_cq
             init.send_cq, init.recv_cq = cq.ptr(), recv_cq.ptr()
             init.qp_type = IBV_QPT_RC
-            init.cap.max_send_wr, init.cap.max_recv_wr = max_send_wr, max_recv_wr
-            init.cap.max_send_sge = init.cap.max_recv_sge = min(max_sge, limit["max_sge"])
-            init.cap.max_inline_data = max_inline
-            self.depth, self.recv_depth, self.max_sge = max_send_wr, max_recv_wr, init.cap.max_send_sge
         self.send_cq, self.recv_cq = cq, cq if recv_cq is None else recv_cq
         if not overcommit:
             self.send_cq.check_room(self.depth + (self.recv_depth if self.recv_cq is cq else 0))
             if self.recv_cq is not cq:
                 self.recv_cq.check_room(self.recv_depth)
         if of is None:
-            self.c = ibv_create_qp(p, &init)
-            if self.c == NULL:
-                raise failed("ibv_create_qp", errno, "max_send_wr", max_send_wr)
+            self._create(p, &init)
         self.max_inline = init.cap.max_inline_data
         self.wr = <ibv_send_wr *>calloc(self.depth, sizeof(ibv_send_wr))
         self.sge = <ibv_sge *>calloc(<size_t>self.depth * self.max_sge, sizeof(ibv_sge))
@@ -389,10 +412,32 @@ cdef class Qp:
         me = weakref.ref(self)
         self.send_cq.qps[self.c.qp_num] = self.recv_cq.qps[self.c.qp_num] = me
         pd.qps[:] = [*(qp for qp in pd.qps if qp() is not None), me]
+        pd.made.add(self)
         index = pd.context.gid_index()
         # any start will do that differs between queue pairs, so that a stray packet of another connection is told apart
         self.info = QpInfo(self.c.qp_num, self.c.qp_num * 7919 & 0xffffff, dict(pd.context.gids()).get(index, bytes(16)),
                            limit["lid"], limit["mtu"])
+
+    cdef _create(self, ibv_pd *pd, ibv_qp_init_attr *init):
+        cdef ibv_qp_init_attr tried = init[0]
+        cdef ibv_qp *without
+        cdef int code
+        self.c = ibv_create_qp(pd, init)
+        if self.c != NULL:
+            return
+        code = errno
+        if tried.cap.max_inline_data:  # devices do not tell its limit: whether it is the one at fault shows without it
+            init[0] = tried
+            init.cap.max_inline_data = 0
+            without = ibv_create_qp(pd, init)
+            if without != NULL:
+                ibv_destroy_qp(without)
+                raise failed("ibv_create_qp", code, "max_inline", tried.cap.max_inline_data,
+                             "more than the device takes with these queues")
+        c = tried.cap
+        raise failed("ibv_create_qp", code, "max_send_wr", c.max_send_wr,
+                     f"with max_recv_wr={c.max_recv_wr}, max_sge={c.max_send_sge}, max_inline={c.max_inline_data}, more "
+                     "than the device takes together, or it has no more queue pairs")
 
     cdef _adopt(self, of, Cq cq, Cq recv_cq, ibv_qp_init_attr *init):
         cdef ibv_qp_attr attr
@@ -419,8 +464,16 @@ cdef class Qp:
             raise StateError("the queue pair was closed", argument="qp", value=self)
         return self.c
 
+    # the same, in a state that posting takes: every state but those before `least`
+    cdef ibv_qp *ready(self, ibv_qp_state least) except NULL:
+        cdef ibv_qp *qp = self.ptr()
+        if qp.state < least:
+            raise StateError(f"it is not connected (state {STATES[<int>qp.state]}): connect() comes before", argument="qp",
+                             value=self)
+        return qp
+
     def names_key(self, uint32_t key):
-        """How many entries of outstanding work requests name a local key."""
+        """How many entries of outstanding work requests name a local key; 0 after its end."""
         cdef uint64_t i
         cdef int j, n = 0
         for i in range(self.tail, self.head):
@@ -446,45 +499,61 @@ cdef class Qp:
 
     @property
     def outstanding(self):
-        """Work requests posted for sending that have not completed."""
+        """Work requests posted for sending that have not completed; 0 after its end."""
         return self.head - self.tail
 
-    def connect(self, remote, *, access=REMOTE_ALL | LOCAL_WRITE, timeout=14, retry_cnt=7, rnr_retry=7, min_rnr_timer=12,
+    def connect(self, remote, *, access=REMOTE_ALL | LOCAL_WRITE, timeout=14, retry_cnt=6, rnr_retry=6, min_rnr_timer=26,
                 mtu=None):
         """Connect to the other side's QpInfo: reset to init to ready (ibv_modify_qp).
 
-        ``timeout`` is 4.096 us * 2**timeout; ``rnr_retry`` 7 waits for a receiver for ever. The path MTU is the smaller of
-        both sides', or ``mtu`` bytes.
+        A packet that nobody acknowledges is sent again ``retry_cnt`` times (0 to 7), every 4.096 us * 2**``timeout`` (1 to
+        31; 0: never again, and never an end). A send that meets no posted receive is tried again ``rnr_retry`` times; how
+        long after, says the receiver's ``min_rnr_timer`` (a code of 0 to 31). By default both end in about half a second. 7
+        is for ever as ``rnr_retry``, and on soft-RoCE as ``retry_cnt`` too. The path MTU is the smaller of both sides', or
+        ``mtu`` bytes.
         """
+        cdef ibv_qp *qp = self.ptr()
         if not isinstance(remote, QpInfo):
             raise AddressTypeError("a QpInfo is wanted", argument="remote", value=remote)
-        path = mtu or min(self.info.mtu, remote.mtu)
-        if path not in (256, 512, 1024, 2048, 4096):
-            raise DmaValueError("256, 512, 1024, 2048 or 4096 bytes", argument="mtu", value=mtu)
-        self.remote = remote
-        self.how = dict(access=access, timeout=timeout, retry_cnt=retry_cnt, rnr_retry=rnr_retry,
-                        min_rnr_timer=min_rnr_timer,
-                        mtu=mtu)
-        self._init(access | (MW_BIND if self.pd.context.attr["max_mw"] else 0))
-        self._ready_to_receive(path, min_rnr_timer)
-        self._ready_to_send(timeout, retry_cnt, rnr_retry)
+        how = dict(access=as_integer(access, "access", last=2**32 - 1), timeout=as_integer(timeout, "timeout", last=31),
+                   retry_cnt=as_integer(retry_cnt, "retry_cnt", last=7),
+                   rnr_retry=as_integer(rnr_retry, "rnr_retry", last=7),
+                   min_rnr_timer=as_integer(min_rnr_timer, "min_rnr_timer", last=31), mtu=mtu)
+        if access & ~_QP_RIGHTS:
+            raise DmaValueError("LOCAL_WRITE, remote rights and MW_BIND", argument="access", value=access)
+        path = min(self.info.mtu, remote.mtu) if mtu is None else mtu
+        if path not in (256, 512, 1024, 2048, 4096) or path > self.info.mtu:
+            raise DmaValueError(f"256, 512, 1024, 2048 or 4096 bytes, and at most this port's {self.info.mtu}",
+                                argument="mtu", value=path)
+        if qp.state != IBV_QPS_RESET:
+            raise StateError(f"it is connected already (state {STATES[<int>qp.state]}): recover() connects it as before, "
+                             "and "
+                             "after reset() it can be connected anew", argument="qp", value=self)
+        try:
+            self._init(access | (MW_BIND if self.pd.context.attr["max_mw"] else 0))
+            self._ready_to_receive(remote, path, min_rnr_timer)
+            self._ready_to_send(timeout, retry_cnt, rnr_retry)
+        except BaseException as e:
+            at_end(e, self.reset)
+            raise
+        self.remote, self.how = remote, how
 
-    cdef _modify(self, ibv_qp_attr *attr, ibv_qp_state state, int mask):
+    cdef _modify(self, ibv_qp_attr *attr, ibv_qp_state state, int mask, str argument="qp", value=None):
         attr.qp_state = state
         cdef int rc = ibv_modify_qp(self.ptr(), attr, mask | IBV_QP_STATE)
         if rc:
-            raise failed(f"ibv_modify_qp to {STATES[<int>state]}", rc, "qp", self)
+            raise failed(f"ibv_modify_qp to {STATES[<int>state]}", rc, argument, self if value is None else value)
 
     cdef _init(self, unsigned int access):
         cdef ibv_qp_attr a
         memset(&a, 0, sizeof(a))
         a.port_num, a.qp_access_flags = self.pd.context.port, access
-        self._modify(&a, IBV_QPS_INIT, IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS)
+        self._modify(&a, IBV_QPS_INIT, IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS, "access", access)
 
-    cdef _ready_to_receive(self, mtu, min_rnr_timer):
+    cdef _ready_to_receive(self, remote, mtu, min_rnr_timer):
         cdef ibv_qp_attr a
         cdef int i
-        ctx, remote = self.pd.context, self.remote
+        ctx = self.pd.context
         memset(&a, 0, sizeof(a))
         a.path_mtu = <ibv_mtu><int>(mtu.bit_length() - 8)
         a.dest_qp_num, a.rq_psn = remote.qp_num, remote.psn
@@ -494,8 +563,7 @@ cdef class Qp:
         for i in range(16):
             a.ah_attr.grh.dgid.raw[i] = remote.gid[i]
         self._modify(&a, IBV_QPS_RTR, IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN
-                     | IBV_QP_MAX_DEST_RD_ATOMIC
-                     | IBV_QP_MIN_RNR_TIMER)
+                     | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER, "remote", remote)
 
     cdef _ready_to_send(self, timeout, retry_cnt, rnr_retry):
         cdef ibv_qp_attr a
@@ -524,6 +592,7 @@ cdef class Qp:
     def recover(self):
         """After an error: reset, and connect to the same other side again, which must do the same before either posts.
         Everything outstanding is lost, and receives must be posted anew."""
+        self.ptr()
         if self.remote is None:
             raise StateError("it was never connected", argument="qp", value=self)
         self.reset()
@@ -574,19 +643,20 @@ cdef class Qp:
         requests as max_sge and the device's message size allow; the last asks for a completion.
         A send is one message: DmaValueError where it does not fit one work request.
         """
-        cdef ibv_qp *qp = self.ptr()
+        cdef ibv_qp *qp = self.ready(IBV_QPS_RTS)
         cdef ibv_send_wr *wr = NULL
         cdef ibv_sge *sge
-        cdef uint64_t first = self.head, at = int(remote_addr)
-        cdef uint32_t key = rkey, value = imm
+        cdef uint64_t first = self.head, at = as_dma(remote_addr, "remote_addr")
+        cdef uint32_t key = as_key(rkey, "rkey"), value = as_integer(imm, "imm", last=2**32 - 1)
         cdef ibv_wr_opcode op = opcode_of(opcode)
         attr = self.pd.context.attr
         most = min(self.max_sge, attr["max_sge_rd"]) if opcode == "read" else self.max_sge
         groups = cut(entries_of(segments), most, attr["max_msg_sz"])
         if len(groups) > 1 and op not in (IBV_WR_RDMA_WRITE, IBV_WR_RDMA_READ):
             raise self._too_long(len(groups))
-        if inline and sum(n for group in groups for _, n, _ in group) > self.max_inline:
-            raise DmaValueError(f"at most {self.max_inline} bytes go inline (max_inline)", argument="inline", value=inline)
+        if inline and (opcode == "read" or sum(n for group in groups for _, n, _ in group) > self.max_inline):
+            raise DmaValueError(f"at most {self.max_inline} bytes go inline (max_inline), and none of a read",
+                                argument="inline", value=inline)
         self.room(len(groups))
         for group in groups:
             wr = self.take(op, first)
@@ -624,20 +694,23 @@ cdef class Qp:
         return self._atomic(IBV_WR_ATOMIC_CMP_AND_SWP, segment, remote_addr, rkey, compare, swap)
 
     def _atomic(self, int opcode, segment, remote_addr, rkey, first_value, second_value):
-        cdef ibv_qp *qp = self.ptr()
-        cdef uint64_t first = self.head
+        cdef ibv_qp *qp = self.ready(IBV_QPS_RTS)
+        cdef uint64_t first = self.head, at = as_dma(remote_addr, "remote_addr")
+        cdef uint64_t one = as_integer(first_value, "compare" if opcode == IBV_WR_ATOMIC_CMP_AND_SWP else "add")
+        cdef uint64_t two = as_integer(second_value, "swap")
+        cdef uint32_t key = as_key(rkey, "rkey")
         if not self.pd.context.attr["atomic"]:
             raise NotSupportedError("the device has no atomics", argument="opcode", value=_NAMES[opcode])
-        if int(remote_addr) & 7:
-            raise DmaValueError("a multiple of 8 (InfiniBand specification, 9.4.5)", argument="remote_addr",
-                                value=int(remote_addr))
-        ((addr, n, lkey),) = entries_of([segment] if isinstance(segment, tuple) else segment)
-        if n != 8:
-            raise DmaValueError("8 bytes", argument="segment", value=n)
+        if at & 7:
+            raise DmaValueError("a multiple of 8 (InfiniBand specification, 9.4.5)", argument="remote_addr", value=at)
+        entries = entries_of([segment] if isinstance(segment, tuple) or hasattr(segment, "lkey") and
+                             not hasattr(segment, "segment") else segment)
+        if len(entries) != 1 or entries[0][1] != 8:
+            raise DmaValueError("one segment of 8 bytes", argument="segment", value=entries)
         self.room(1)
         cdef ibv_send_wr *wr = self.take(<ibv_wr_opcode>opcode, first)
-        wr_atomic(wr, int(remote_addr), rkey, first_value, second_value)
-        wr.sg_list[0].addr, wr.sg_list[0].length, wr.sg_list[0].lkey = addr, 8, lkey
+        wr_atomic(wr, at, key, one, two)
+        wr.sg_list[0].addr, wr.sg_list[0].length, wr.sg_list[0].lkey = entries[0][0], 8, entries[0][2]
         wr.num_sge = 1
         wr.send_flags = IBV_SEND_SIGNALED
         self.submit(qp, first)
@@ -645,34 +718,44 @@ cdef class Qp:
 
     def local_inv(self, rkey):
         """Invalidate a key of this side (a type 2 window's). Posts, and returns the id."""
-        cdef ibv_qp *qp = self.ptr()
+        cdef ibv_qp *qp = self.ready(IBV_QPS_RTS)
         cdef uint64_t first = self.head
+        cdef uint32_t key = as_key(rkey, "rkey")
         self.room(1)
         cdef ibv_send_wr *wr = self.take(IBV_WR_LOCAL_INV, first)
-        wr.invalidate_rkey = rkey
+        wr.invalidate_rkey = key
         wr.send_flags = IBV_SEND_SIGNALED
         self.submit(qp, first)
         return first
 
-    def bind(self, Mw mw not None, Mr mr not None, offset=0, length=None, *, unsigned int access=REMOTE_ALL):
+    def bind(self, Mw mw not None, Mr mr not None, offset=0, length=None, *, access=REMOTE_ALL):
         """Bind a window to bytes of a region (which needs MW_BIND access), on a queue pair of the side that owns both; waits
         until it is done. The window's new key is ``mw.rkey``."""
         cdef ibv_mw_bind b
-        cdef ibv_qp *q = self.ptr()
+        cdef ibv_qp *q = self.ready(IBV_QPS_RTS)
         cdef ibv_mr *m = mr.ptr()
         cdef ibv_send_wr *wr
         cdef uint64_t first = self.head
         cdef uint32_t rkey
+        cdef unsigned int given = as_integer(access, "access", last=2**32 - 1)
         cdef int rc
+        mw.ptr()
         addr, n, _ = mr.segment(offset, length)
-        if offset + n > mr.length:
-            raise DmaValueError(f"offset + length within {mr.length} bytes", argument="length", value=length)
+        if given & ~<unsigned int>REMOTE_ALL:
+            raise DmaValueError("remote rights (REMOTE_READ, REMOTE_WRITE, REMOTE_ATOMIC)", argument="access", value=access)
+        if mr.pd.ptr() != self.pd.ptr() or mw.pd.ptr() != self.pd.ptr():
+            raise DmaValueError("a region and a window of the queue pair's own protection domain",
+                                argument="mr" if mr.pd.ptr() != self.pd.ptr() else "mw", value=mr)
+        if mr.owner is None and not mr.access & MW_BIND:
+            raise DmaValueError("a region with MW_BIND access", argument="mr", value=mr)
+        if mr.owner is None and given & (REMOTE_WRITE | REMOTE_ATOMIC) and not mr.access & LOCAL_WRITE:
+            raise DmaValueError("rights to write need a region with LOCAL_WRITE", argument="access", value=access)
         self.room(1)
         wr = self.take(IBV_WR_BIND_MW, first)
         if mw.kind == 1:
             memset(&b, 0, sizeof(b))
             b.wr_id, b.send_flags = wr.wr_id, IBV_SEND_SIGNALED
-            b.bind_info.mr, b.bind_info.addr, b.bind_info.length, b.bind_info.mw_access_flags = m, addr, n, access
+            b.bind_info.mr, b.bind_info.addr, b.bind_info.length, b.bind_info.mw_access_flags = m, addr, n, given
             rc = ibv_bind_mw(q, mw.ptr(), &b)
             if rc:
                 self.head = first
@@ -681,7 +764,7 @@ cdef class Qp:
             mw.rkey = mw.c.rkey
         else:
             rkey = ibv_inc_rkey(mw.rkey)
-            wr_bind(wr, mw.ptr(), rkey, m, addr, n, access)
+            wr_bind(wr, mw.ptr(), rkey, m, addr, n, given)
             wr.send_flags = IBV_SEND_SIGNALED
             self.submit(q, first)
             self.wait(first)
@@ -691,6 +774,8 @@ cdef class Qp:
     def unbind(self, Mw mw not None):
         """Take a type 2 window's rights away (local invalidate), and wait until it is done. A type 1 window is unbound by
         ``free``, or bound anew."""
+        self.ptr()
+        mw.ptr()
         if mw.bound is None:
             raise StateError("it is not bound", argument="mw", value=mw)
         if mw.kind == 1:
@@ -699,8 +784,8 @@ cdef class Qp:
         mw.bound = None
 
     def recv(self, segments):
-        """Post a receive of one message into segments; returns its id."""
-        cdef ibv_qp *qp = self.ptr()
+        """Post a receive of one message into segments; returns its id. StateError before ``connect``."""
+        cdef ibv_qp *qp = self.ready(IBV_QPS_INIT)
         cdef ibv_recv_wr *bad = NULL
         cdef uint64_t at = self.rhead % self.recv_depth
         cdef ibv_recv_wr *wr = &self.rwr[at]
@@ -723,7 +808,7 @@ cdef class Qp:
     def post_batch(self, Batch batch not None, opcode="write", *, bint signal_all=False):
         """Post a batch as one chain, in one call: "write", "read" or "send". The last work request asks for a completion, or
         all do. Returns how many completions will come."""
-        cdef ibv_qp *qp = self.ptr()
+        cdef ibv_qp *qp = self.ready(IBV_QPS_RTS)
         cdef ibv_wr_opcode op = opcode_of(opcode)
         cdef ibv_send_wr *wr = NULL
         cdef ibv_sge *sge
@@ -745,6 +830,7 @@ cdef class Qp:
 
     def run(self, Batch batch not None, opcode="write", *, bint signal_all=False, timeout=10.0):
         """Build, post and complete a batch in one call: ``post_batch`` and ``Cq.drain``. Nothing else may be outstanding."""
+        timeout = as_seconds(timeout)
         return self.send_cq.drain(self.post_batch(batch, opcode, signal_all=signal_all), timeout)
 
     # ---- completions ------------------------------------------------------------------------------------------------
@@ -769,7 +855,7 @@ cdef class Qp:
         cdef ibv_recv_wr *rwr = &self.rwr[seq % (self.recv_depth or 1)]
         cdef ibv_sge *sge = rwr.sg_list if received else wr.sg_list
         cdef int i, n = rwr.num_sge if received else wr.num_sge
-        cdef uint64_t length = 0, address = 0, first
+        cdef uint64_t address = 0, first
         cdef uint32_t key = 0
         first = seq
         if not received:
@@ -778,38 +864,53 @@ cdef class Qp:
             imm = wc_imm(wc) if wc.wc_flags & IBV_WC_WITH_IMM else None
             return Completion(first, 0, _WC_NAMES.get(wc.opcode, str(wc.opcode)), wc.byte_len, imm, wc.qp_num, None)
         name = "recv" if received else _NAMES.get(<int>wr.opcode, "?")
-        for i in range(n):
-            length += sge[i].length
         if name == "local_inv":
             key = wr.invalidate_rkey
-        elif name not in rdma.LOCAL_OPCODES:
+        elif not received and name not in rdma.LOCAL_OPCODES:
             address, key = wr_remote_addr(wr), wr_rkey(wr)
-        elif n:
-            address, key = sge[0].addr, sge[0].lkey
-        return Completion(first, <int>wc.status, name, length, None, wc.qp_num,
-                          dict(opcode=name, segment=seq - first, address=address, key=key, length=length))
+        entries = [(sge[i].addr, sge[i].length, sge[i].lkey) for i in range(n)]
+        inline = not received and wr.send_flags & IBV_SEND_INLINE
+        written = received or name in ("read", "fetch_add", "cmp_swp")
+        failure = rdma.blame(<int>wc.status, name, segment=seq - first, entries=entries, address=address, key=key,
+                             unknown=[] if inline else [e for e in entries if not self.pd.covers(e, written)],
+                             peer="the other side" if self.remote is None else f"queue pair {self.remote.qp_num} of "
+                                  f"{self.remote.gid.hex(':', 2)}")
+        return Completion(first, <int>wc.status, name, failure["length"], None, wc.qp_num, failure)
 
     def wait(self, request, timeout=10.0):
         """Wait until a posted request is complete. Raises CompletionError where it, or one before it, failed, and VerbsError
-        (ETIMEDOUT) when nothing came in ``timeout`` seconds."""
-        cdef uint64_t want = request, last = request
+        (ETIMEDOUT) when it did not within ``timeout`` seconds: it is outstanding then, as before."""
+        cdef uint64_t want, last, end
+        self.ptr()
+        want = last = as_integer(request, "request")
+        if want >= self.head:
+            raise DmaValueError(f"a request of this queue pair, which has posted {self.head}", argument="request",
+                                value=request)
+        end = end_of(as_seconds(timeout))
         while last + 1 < self.head and self.request[(last + 1) % self.depth] == want:
             last += 1
         while self.tail <= last:
-            if self.send_cq.dispatch(timeout) == 0:
-                raise VerbsError(f"request {request} did not complete within {timeout} s", errno=ETIMEDOUT,
-                                 argument="request",
-                                 value=request)
+            if self.send_cq.dispatch(end) == 0 or (self.tail <= last and now_ns() > end):
+                raise VerbsError(f"it did not complete within {timeout} s, and is outstanding still{self._patience()}",
+                                 errno=ETIMEDOUT, argument="request", value=request)
         for seq in sorted(self.failures):
             if seq <= want:
                 raise self.failures[seq].error()
 
+    def _patience(self):
+        """Where the device itself may never give a request up, in words."""
+        if self.how is None or self.how["timeout"] and self.how["retry_cnt"] < 7:
+            return ""
+        return f" (timeout={self.how['timeout']}, retry_cnt={self.how['retry_cnt']}: the device may try for ever)"
+
     def arrived(self, timeout=10.0):
         """The next completion of a receive: a Completion. CompletionError where it failed; VerbsError (ETIMEDOUT) when
         nothing came in ``timeout`` seconds."""
-        cdef uint64_t end = now_ns() + <uint64_t>(timeout * 1e9)
+        cdef uint64_t end
+        self.ptr()
+        end = end_of(as_seconds(timeout))
         while not self.arrivals:
-            if self.recv_cq.dispatch(timeout) == 0 or now_ns() > end:
+            if self.recv_cq.dispatch(end) == 0 or now_ns() > end:
                 if self.arrivals:
                     break
                 raise VerbsError(f"nothing was received within {timeout} s", errno=ETIMEDOUT, argument="timeout",
@@ -833,14 +934,19 @@ cdef class Qp:
             (<Cq>cq).qps.pop(self.info.qp_num, None)
         self.c = NULL
         self.tail, self.rtail = self.head, self.rhead
-        if self.own_cq:
+        if self.own_cq and not self.send_cq.qps:  # else another queue pair's user has it too
             self.send_cq.close()
 
+    def abandon(self):
+        """As ``close``."""
+        self.close()
+
     def __enter__(self):
+        self.ptr()
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        at_end(error, self.close)
 
     def __dealloc__(self):
         if self.c != NULL and self.owner is None and self.pd.context.alive():
@@ -857,7 +963,16 @@ cdef class Qp:
 
 def loopback(Pd pd not None, **options):
     """Two queue pairs of one device, connected to each other: (Qp, Qp)."""
-    first, second = Qp(pd, **options), Qp(pd, **options)
-    first.connect(second.info)
-    second.connect(first.info)
+    first = Qp(pd, **options)
+    try:
+        second = Qp(pd, **options)
+        try:
+            first.connect(second.info)
+            second.connect(first.info)
+        except BaseException as e:
+            at_end(e, second.close)
+            raise
+    except BaseException as e:
+        at_end(e, first.close)
+        raise
     return first, second

@@ -14,6 +14,8 @@ cdef class Context:
     cdef readonly dict attr, verified
     cdef readonly int port
     cdef int children  # protection domains and completion queues that were made in it
+    cdef object made   # those of them that are alive (weakly)
+    cdef limit(self, value, str name, str what)
     cdef bint alive(self) noexcept
     cdef ibv_context *ptr(self) except NULL
     cdef object __weakref__
@@ -25,6 +27,8 @@ cdef class Pd:
     cdef readonly Context context
     cdef uintptr_t *watch(self) noexcept
     cdef readonly list qps  # weak references to the queue pairs made in it, which may name its regions in outstanding work
+    cdef object made        # everything that was made in it and is alive (weakly)
+    cdef bint covers(self, entry, bint write) except -1
     cdef ibv_pd *ptr(self) except NULL
     cdef object __weakref__
 
@@ -38,6 +42,7 @@ cdef class Mr:
     cdef readonly unsigned int access
     cdef list windows
     cdef ibv_mr *ptr(self) except NULL
+    cdef object __weakref__
 
 
 cdef class Mw:

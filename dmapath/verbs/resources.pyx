@@ -7,7 +7,7 @@ import select
 import weakref
 
 cimport cython
-from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EBUSY, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP, errno
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset
@@ -22,9 +22,9 @@ from dmapath.verbs.ibv cimport (
     ibv_query_gid, ibv_query_port, ibv_reg_mr, ibv_rereg_mr,
 )
 
-from dmapath.addr import DmaAddr, as_length
-from dmapath.errors import AddressTypeError, DmaValueError, NotSupportedError, StateError, VerbsError
-from dmapath.mr import WRITABLE
+from dmapath.addr import DmaAddr, as_integer, as_length, refuse_objects
+from dmapath.errors import AddressTypeError, DmaValueError, NotSupportedError, StateError, VerbsError, at_end
+from dmapath.mr import LOCAL_WRITE, WRITABLE, check_rights
 from dmapath.verbs.bridge import is_pyverbs, pyverbs_mr
 
 
@@ -49,6 +49,16 @@ cdef failed(str call, int code, str argument="", value=None, str more=""):
         more = more or "the device was removed, or does not answer"
     kind = NotSupportedError if code == EOPNOTSUPP else VerbsError
     return kind(f"{os.strerror(code)}{'; ' + more if more else ''} [{call}]", errno=code, argument=argument, value=value)
+
+
+def give_back(close, children):
+    """``close``; where that is refused since something that was made in it is open still, that is closed before. The refusal
+    is raised all the same, afterwards: nothing is left, and nobody is spared to hear of it."""
+    try:
+        close()
+    except VerbsError as refused:
+        at_end(refused, *(child.abandon for child in children if child is not None), close)
+        raise
 
 
 def memlock():
@@ -88,8 +98,9 @@ cdef class Context:
     (``dmapath.verbs.probe``). Raises NotSupportedError (ENODEV) where there is no such device.
     """
 
-    def __cinit__(self, device=None, *, int port=1):
-        self.verified, self.attr, self.port, self.born = {}, {}, port, forks
+    def __cinit__(self, device=None, *, port=1):
+        self.verified, self.attr, self.born, self.made = {}, {}, forks, weakref.WeakSet()
+        self.port = as_integer(port, "port", least=1, last=255)
         if device is None or isinstance(device, str):
             self._open(device)
         elif is_pyverbs(device):
@@ -137,6 +148,10 @@ cdef class Context:
                          max_msg_sz=p.max_msg_sz, mtu=128 << <int>p.active_mtu, port_state=p.state, gids=p.gid_tbl_len,
                          lid=p.lid, ethernet=p.link_layer == 2, firmware=bytes(o.fw_ver).split(b"\0")[0].decode())
 
+    # a number that the device limits, under its name in attr
+    cdef limit(self, value, str name, str what):
+        return as_integer(value, name, least=1, last=self.attr[what], what=f"the device's {what}")
+
     cdef ibv_context *ptr(self) except NULL:
         if self.born != forks:
             raise StateError("it belongs to the process that opened it, and this is a child of that: open the device here",
@@ -169,9 +184,10 @@ cdef class Context:
     def gids(self):
         """Its GIDs that are set: list of (index, 16 bytes)."""
         cdef ibv_gid g
+        cdef ibv_context *c = self.ptr()
         out = []
         for i in range(self.attr["gids"]):
-            if ibv_query_gid(self.ptr(), self.port, i, &g) == 0 and any(g.raw[k] for k in range(16)):
+            if ibv_query_gid(c, self.port, i, &g) == 0 and any(g.raw[k] for k in range(16)):
                 out.append((i, bytes([g.raw[k] for k in range(16)])))
         return out
 
@@ -207,11 +223,16 @@ cdef class Context:
                 raise failed("ibv_close_device", errno, "context", self)
             self.c = NULL
 
+    def abandon(self):
+        """As ``close``, but what was made in it is closed before; the refusal is raised all the same, afterwards."""
+        give_back(self.close, sorted(self.made, key=lambda child: isinstance(child, Pd), reverse=True))
+
     def __enter__(self):
+        self.ptr()
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        at_end(error, self.abandon)
 
     def __dealloc__(self):
         if self.c != NULL and self.owner is None and self.born == forks:
@@ -229,7 +250,7 @@ cdef class Pd:
     """
 
     def __cinit__(self, of=None, *, Context context=None):
-        self.qps = []
+        self.qps, self.made = [], weakref.WeakSet()
         if of is None:
             of = Context()
         if isinstance(of, Context):
@@ -238,6 +259,7 @@ cdef class Pd:
             if self.c == NULL:
                 raise failed("ibv_alloc_pd", errno)
             self.context.children += 1
+            self.context.made.add(self)
         elif is_pyverbs(of):
             self.c = as_pd(of)
             self.owner = of
@@ -264,6 +286,10 @@ cdef class Pd:
     cdef uintptr_t *watch(self) noexcept:
         return NULL if self.owner is None else field(self.owner, "pd", <uintptr_t>self.c)
 
+    # whether a region that is known here covers an entry (address, bytes, lkey), with the right to write it where wanted
+    cdef bint covers(self, entry, bint write) except -1:
+        return any([owner.covers(entry, write) for owner in self.made if hasattr(owner, "covers")])
+
     def close(self):
         """Free it. VerbsError (EBUSY) while regions, windows or queue pairs of it are open."""
         cdef int rc
@@ -274,11 +300,16 @@ cdef class Pd:
             self.c = NULL
             self.context.children -= 1
 
+    def abandon(self):
+        """As ``close``, but what was made in it is closed before; the refusal is raised all the same, afterwards."""
+        give_back(self.close, sorted(self.made, key=lambda child: isinstance(child, Mr)))  # regions last: others name them
+
     def __enter__(self):
+        self.ptr()
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, traceback):
+        at_end(error, self.abandon)
 
     def __dealloc__(self):
         if self.owner is None and self.c != NULL and self.context is not None and self.context.alive():
@@ -293,7 +324,7 @@ cdef class Pd:
 cdef class Mr:
     """A long-lived memory region: bytes of a PhysMemory's arena or of any buffer, registered until ``dereg``.
 
-    The buffer is held (it cannot be resized) for as long.
+    The buffer is held (it cannot be resized) for as long. One of Python objects is refused: it holds pointers.
 
     Parameters
     ----------
@@ -307,22 +338,28 @@ cdef class Mr:
     Raises VerbsError as ibv_reg_mr refuses; for ENOMEM with RLIMIT_MEMLOCK and the bytes pinned.
     """
 
-    def __cinit__(self, Pd pd not None, obj, offset=0, length=None, *, unsigned int access=1, bint trust=False):
+    def __cinit__(self, Pd pd not None, obj, offset=0, length=None, *, access=LOCAL_WRITE, bint trust=False):
         cdef ibv_pd *p = pd.ptr()
         cdef size_t n
         cdef char *at
+        cdef unsigned int given = check_rights(access)
         cdef int code
-        self.pd, self.windows, self.access = pd, [], access
+        self.pd, self.windows, self.access = pd, [], given
         if is_pyverbs(obj):
             self.c = as_mr(obj)
             self.owner = obj
+            pd.made.add(self)
             return
-        if access & IBV_ACCESS_ON_DEMAND and not trust:
+        if given & IBV_ACCESS_ON_DEMAND and not trust:
             from dmapath.verbs.probe import require
 
             require(pd, "odp")
-        PyObject_GetBuffer(obj, &self.view, PyBUF_CONTIG if access & WRITABLE else PyBUF_CONTIG_RO)
+        try:
+            PyObject_GetBuffer(obj, &self.view, (PyBUF_CONTIG if given & WRITABLE else PyBUF_CONTIG_RO) | PyBUF_FORMAT)
+        except TypeError:
+            raise AddressTypeError("a PhysMemory, a buffer or a pyverbs MR", argument="obj", value=obj) from None
         self.held, self.memory = True, obj
+        refuse_objects(self.view.format.decode() if self.view.format != NULL else "B", "obj", obj)
         offset = as_length(offset, "offset", least=0)
         length = as_length(self.view.len - offset if length is None else length, "length")
         if offset + length > self.view.len:
@@ -330,12 +367,15 @@ cdef class Mr:
         n = length
         at = <char *>self.view.buf + <size_t>offset
         with nogil:
-            self.c = ibv_reg_mr(p, at, n, access)
+            self.c = ibv_reg_mr(p, at, n, given)
             code = errno
         if self.c == NULL:
             if code in (EINVAL, EOPNOTSUPP):
-                raise failed("ibv_reg_mr", code, "access", access)
+                raise failed("ibv_reg_mr", code, "access", access,
+                             "the device does not take these rights, or not so many bytes "
+                             f"({length}, of at most {pd.context.attr['max_mr_size']})")
             raise failed("ibv_reg_mr", code, "length", length, pin_text(length) if code == ENOMEM else "")
+        pd.made.add(self)
 
     cdef ibv_mr *ptr(self) except NULL:
         self.pd.context.ptr()
@@ -367,8 +407,21 @@ cdef class Mr:
 
     def segment(self, offset=0, length=None):
         """Bytes of it for a work request: (address, length, lkey)."""
+        cdef ibv_mr *mr = self.ptr()
         offset = as_length(offset, "offset", least=0)
-        return int(self.addr) + offset, as_length(self.length - offset if length is None else length, "length"), self.lkey
+        length = as_length(mr.length - offset if length is None else length, "length")
+        if offset + length > mr.length:
+            raise DmaValueError(f"offset + length within {mr.length} bytes", argument="length", value=length)
+        return <uintptr_t>mr.addr + offset, length, mr.lkey
+
+    def covers(self, entry, write):
+        """Whether an entry (address, bytes, lkey) of a work request lies in it, with the right to write it where wanted."""
+        addr, n, key = entry
+        if self.c == NULL or not self.pd.context.alive() or self.c.lkey != key:
+            return False
+        at = addr - <uintptr_t>self.c.addr
+        inside = 0 <= at and at + n <= self.c.length
+        return inside and (not write or self.owner is not None or bool(self.access & LOCAL_WRITE))
 
     def pyverbs(self):
         """A real pyverbs MR over the same bytes with the same rights, for code that wants one. It is a registration of its
@@ -378,7 +431,7 @@ cdef class Mr:
 
     def rereg(self, access):
         """Change its rights (ibv_rereg_mr). NotSupportedError where the device cannot, as soft-RoCE; it stays as it was."""
-        cdef unsigned int wanted = access
+        cdef unsigned int wanted = check_rights(access)
         cdef int rc = ibv_rereg_mr(self.ptr(), IBV_REREG_MR_CHANGE_ACCESS, NULL, NULL, 0, wanted)
         if rc:
             raise failed("ibv_rereg_mr", errno, "access", access, "the region stays as it was")
@@ -391,13 +444,13 @@ cdef class Mr:
 
     def bind(self, Mw mw not None):
         """Called by Qp.bind: a window over this region is bound."""
+        self.ptr()
         mw.bound = self
         self.windows.append(weakref.ref(mw))
 
     def dereg(self):
         """Deregister. StateError (EBUSY) while outstanding work requests name it or windows are bound to it."""
-        cdef ibv_mr *mr = self.ptr()
-        cdef int rc
+        self.ptr()
         if self.owner is not None:
             raise StateError("a pyverbs MR is closed by its owner", argument="mr", value=self)
         used = self.in_use()
@@ -409,12 +462,28 @@ cdef class Mr:
             raise StateError(f"{len(self.windows)} memory windows are bound to it: invalidate or free them first",
                              errno=EBUSY,
                              argument="mr", value=self)
+        self._dereg()
+
+    def _dereg(self):
+        cdef ibv_mr *mr = self.ptr()
+        cdef int rc
         with nogil:
             rc = ibv_dereg_mr(mr)
         if rc:
             raise failed("ibv_dereg_mr", rc, "mr", self)
         self.c = NULL
         self._let_go()
+
+    def abandon(self):
+        """Deregister, whatever names it: windows that are bound to it are freed, and work that is outstanding will fail. The
+        refusal is raised all the same, afterwards. A pyverbs MR stays."""
+        if self.owner is not None or self.c == NULL:
+            return
+        try:
+            self.dereg()
+        except StateError as refused:
+            at_end(refused, *(ref().free for ref in self.windows if ref() is not None), self._dereg)
+            raise
 
     def _let_go(self):
         if self.held:
@@ -423,11 +492,11 @@ cdef class Mr:
         self.memory = None
 
     def __enter__(self):
+        self.ptr()
         return self
 
-    def __exit__(self, *exc):
-        if self.owner is None and self.c != NULL:
-            self.dereg()
+    def __exit__(self, kind, error, traceback):
+        at_end(error, self.abandon)
 
     def __dealloc__(self):
         if self.owner is None and self.c != NULL and self.pd.context.alive():
@@ -444,14 +513,17 @@ cdef class Mw:
     """A memory window, type 1 or 2: remote rights over part of a region, given (``Qp.bind``) and taken away without
     registering. ``rkey`` is its key now."""
 
-    def __cinit__(self, Pd pd not None, int kind=2):
+    def __cinit__(self, Pd pd not None, kind=2):
         if kind not in (1, 2):
             raise DmaValueError("1 or 2", argument="kind", value=kind)
         self.pd, self.kind = pd, kind
+        if not pd.context.attr["max_mw"]:
+            raise NotSupportedError("the device has no memory windows", argument="kind", value=kind)
         self.c = ibv_alloc_mw(pd.ptr(), IBV_MW_TYPE_1 if kind == 1 else IBV_MW_TYPE_2)
         if self.c == NULL:
             raise failed("ibv_alloc_mw", errno, "kind", kind)
         self.rkey = self.c.rkey
+        pd.made.add(self)
 
     cdef ibv_mw *ptr(self) except NULL:
         self.pd.context.ptr()
@@ -468,11 +540,16 @@ cdef class Mw:
                 raise failed("ibv_dealloc_mw", rc, "mw", self)
             self.c, self.bound = NULL, None
 
+    def abandon(self):
+        """As ``free``."""
+        self.free()
+
     def __enter__(self):
+        self.ptr()
         return self
 
-    def __exit__(self, *exc):
-        self.free()
+    def __exit__(self, kind, error, traceback):
+        at_end(error, self.free)
 
     def __dealloc__(self):
         if self.c != NULL and self.pd.context.alive():

@@ -89,7 +89,7 @@ def test_every_op_alignment_and_number_of_ranges(pd: Pd, pair: tuple[Qp, Qp], mo
                     snapshot[a : a + k] = data[at : at + k]
                     at += k
                 assert snapshot == memoryview(m.memory), ("neighbours", shift, n)
-                if len(cut(entries_of(into), pair[1].max_sge, 1 << 23)) == 1:
+                if len(cut(entries_of(into.segments), pair[1].max_sge, 1 << 23)) == 1:
                     fill(m.memory, where, bytes(total))
                     with m.dev.map(Bio.from_memory(m.memory, where, "read")) as into:
                         pair[1].recv(into)
