@@ -48,6 +48,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
     enum dma_policy:
         DMA_POLICY_UNIFIED
         DMA_POLICY_LINUX
+        DMA_POLICY_LINUX_SPLIT
     enum dma_layout:
         DMA_LAYOUT_NONE
         DMA_LAYOUT_DIRECT
@@ -85,6 +86,7 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint64_t virt_boundary
         int (*mergeable)(const void *, phys_addr_t, phys_addr_t) noexcept nogil
         const void *machine
+    uint64_t dma_segment_room(const dma_limits *, uint64_t addr, uint64_t len)
     struct dma_p2p_range:
         phys_addr_t start
         uint64_t size
@@ -116,6 +118,9 @@ cdef extern from "dmapath/dmapath.h" nogil:
         swiotlb *swiotlb
         const dma_p2p *p2p
         void *tap
+        dma_limits uncut
+        uint64_t reach
+        uint32_t sg_max_segments
     bint dma_has_bounced(const dma_device *)
     const dma_p2p_range *dma_p2p_at(const dma_p2p *, phys_addr_t, int *)
     const dma_p2p_range *dma_p2p_find(const dma_device *, phys_addr_t)
@@ -204,16 +209,26 @@ cdef extern from "dmapath/dmapath.h" nogil:
         uint64_t rules
     struct dma_map_iter:
         const dma_request *rq
+        int (*next)(dma_device *, dma_map_state *, dma_map_iter *, dma_seg *) noexcept nogil
         dma_cursor cursor
-        uint64_t next
+        const dma_limits *lim
+        uint64_t addr
         uint64_t left
+        uint64_t base
+        uint64_t end
+        uint64_t keep
         uint64_t granule_mask
         uint32_t have
         uint32_t at
         uint32_t whole
         uint32_t p2p
+        uint32_t flags
+        uint32_t given
         uint64_t pos
-        dma_seg held
+        uint64_t delta
+        uint32_t room
+        uint32_t shown
+        phys_vec rest
         phys_vec window[64]
     struct dmapath_memory_api:
         uint32_t abi

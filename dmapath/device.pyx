@@ -18,8 +18,8 @@ from dmapath._core cimport phys_mem_host, swiotlb_map, swiotlb_unmap, swiotlb_wa
 from dmapath.abi cimport (
     DMA_ATTR_MMIO, DMA_ATTR_NO_WARN, DMA_ATTR_PRIVILEGED, DMA_ATTR_REQUIRE_COHERENT, DMA_ATTR_SKIP_CPU_SYNC,
     DMA_DEV_COHERENT, DMA_DEV_QUIRKS, DMA_DEV_UNTRUSTED, DMA_LAYOUT_BOUNCED, DMA_LAYOUT_DIRECT,
-    DMA_LAYOUT_PER_RANGE,
-    DMA_P2P_NOT_SUPPORTED, DMA_POLICY_LINUX, DMA_POLICY_UNIFIED, DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
+    DMA_LAYOUT_PER_RANGE, DMA_P2P_NOT_SUPPORTED, DMA_POLICY_LINUX, DMA_POLICY_LINUX_SPLIT, DMA_POLICY_UNIFIED,
+    DMAPATH_DEVICE_CAPSULE, dma_addr, dma_addr_t,
     dma_data_direction, dma_device, dma_iova_destroy, dma_iova_free,
     dma_iova_link, dma_iova_size, dma_iova_state, dma_iova_sync, dma_iova_try_alloc, dma_iova_unlink, dma_keys, dma_keys_of,
     dma_ops, dma_p2p, dma_p2p_range, dma_policy, dma_seg, phys_addr, swiotlb as swiotlb_t,
@@ -45,7 +45,6 @@ from dmapath.errors import (
 from dmapath.memory import HostBuffer
 from dmapath.request import DIRECTIONS, direction
 
-_POLICIES = {"unified": DMA_POLICY_UNIFIED, "linux": DMA_POLICY_LINUX}
 ATTRS = {"skip_cpu_sync": DMA_ATTR_SKIP_CPU_SYNC, "no_warn": DMA_ATTR_NO_WARN, "privileged": DMA_ATTR_PRIVILEGED,
          "mmio": DMA_ATTR_MMIO, "require_coherent": DMA_ATTR_REQUIRE_COHERENT}
 
@@ -157,7 +156,8 @@ cdef class Device:
     coherent, untrusted : bool
         Whether CPU caches see its DMA; whether it may see nothing but the bytes it was given.
     max_segments, max_segment_size, seg_boundary_mask, virt_boundary, dma_alignment
-        As in Linux's queue_limits; segment size in bytes, None: no limit for requests and 64 KiB for ``map_sg``.
+        As in Linux's queue_limits, and kept for every segment of every request. max_segments None: 65535, and no limit for
+        memory regions. max_segment_size in bytes, None: no limit for requests and 64 KiB for ``map_sg``.
     min_align_mask : int
         Address bits that a bounce buffer must keep.
     dma_ranges : sequence of (cpu_start, dma_start, bytes)
@@ -180,7 +180,7 @@ cdef class Device:
     """
 
     def __cinit__(self, *, iommu=None, PhysMemory memory=None, dma_mask=2**64 - 1, bus_dma_limit=0, coherent=True,
-                  untrusted=False, max_segments=2**16 - 1, max_segment_size=None, seg_boundary_mask=2**64 - 1,
+                  untrusted=False, max_segments=None, max_segment_size=None, seg_boundary_mask=2**64 - 1,
                   virt_boundary=0, dma_alignment=0, min_align_mask=0, dma_ranges=(), forcedac=False,
                   kernel_quirks=False, Swiotlb swiotlb=None, pci=None, XenDomain xen=None, grants=None, backend=None):
         self.config_ = dict(dma_mask=dma_mask, bus_dma_limit=bus_dma_limit, coherent=coherent, untrusted=untrusted,
@@ -211,6 +211,8 @@ cdef class Device:
             memory.watchers.add(self)
             self.refresh_peers()
         self.backend.attach(&self.c)
+        self.c.uncut = self.c.limits
+        self.c.uncut.max_segment_size = self.c.uncut.seg_boundary_mask = UINT64_MAX
         if hasattr(backend, "attach"):
             backend.attach(self)
 
@@ -225,14 +227,17 @@ cdef class Device:
         c = self.config_
         self.c.dma_mask = _mask(c["dma_mask"], "dma_mask")
         self.c.bus_dma_limit = _mask(c["bus_dma_limit"], "bus_dma_limit", zero=True)
+        self.c.reach = min(self.c.dma_mask, self.c.bus_dma_limit or self.c.dma_mask)
         self.c.min_align_mask = _mask(c["min_align_mask"], "min_align_mask", zero=True)
         self.c.limits.seg_boundary_mask = _mask(c["seg_boundary_mask"], "seg_boundary_mask")
         self.c.limits.virt_boundary = _mask(c["virt_boundary"], "virt_boundary", zero=True)
-        for name in ("dma_mask", "seg_boundary_mask", "virt_boundary", "min_align_mask"):
+        self.c.limits.dma_alignment = as_length(c["dma_alignment"], "dma_alignment", least=0, last=UINT32_MAX)
+        for name in ("dma_mask", "seg_boundary_mask", "virt_boundary", "min_align_mask", "dma_alignment"):
             if c[name] & (c[name] + 1):
                 raise DmaValueError("a mask: all bits below its highest are set", argument=name, value=c[name])
-        self.c.limits.dma_alignment = as_length(c["dma_alignment"], "dma_alignment", least=0)
-        self.c.limits.max_segments = min(as_length(c["max_segments"], "max_segments"), UINT32_MAX)
+        most = c["max_segments"]
+        self.c.limits.max_segments = 65535 if most is None else min(as_length(most, "max_segments"), UINT32_MAX)
+        self.c.sg_max_segments = UINT32_MAX if most is None else self.c.limits.max_segments
         size = c["max_segment_size"]
         self.c.limits.max_segment_size = UINT64_MAX if size is None else as_length(size, "max_segment_size")
         self.c.sg_max_segment_size = 65536 if size is None else self.c.limits.max_segment_size
@@ -320,7 +325,7 @@ cdef class Device:
     @property
     def max_segments(self):
         """Segments in a request."""
-        return self.config_["max_segments"]
+        return self.c.limits.max_segments
 
     @property
     def max_segment_size(self):
@@ -412,18 +417,20 @@ cdef class Device:
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
-    def map(self, Mappable request not None, policy="unified"):
+    def map(self, Mappable request not None, policy="unified", *, split=False):
         """Map a whole request.
 
         Returns a Mapping: iterate it for segments, use it in a ``with`` block or call ``unmap``. ``policy`` is
-        "unified" (one IOVA range whenever there is an IOMMU) or "linux" (as Linux 7.3 decides).
+        "unified" (one IOVA range whenever there is an IOMMU) or "linux" (as Linux 7.3 decides). Each segment is within the
+        device's limits. Linux maps what its block layer has split; so "linux" refuses a request that ``Bio.split`` would
+        cut. With ``split=True`` the caller answers for that: it gets what Linux would give, and no limit is looked at.
         Raises a DmaError with the rule that refused; nothing is mapped then.
         """
-        cdef Mapping m = self.map_start(request, policy)
+        cdef Mapping m = self.map_start(request, policy, split=split)
         m.read_all()  # some layouts map as they are read: what fails must fail here
         return m
 
-    def map_start(self, Mappable request not None, policy="unified"):
+    def map_start(self, Mappable request not None, policy="unified", *, split=False):
         """The C driver's flow in Python: start here, take segments with ``Mapping.next``, end with ``Mapping.unmap``.
 
         As ``map``, but without an IOVA range for all of it each segment is mapped when ``next`` (or iteration) asks for it,
@@ -436,9 +443,11 @@ cdef class Device:
         if policy == "unified":
             p = DMA_POLICY_UNIFIED
         elif policy == "linux":
-            p = DMA_POLICY_LINUX
+            p = DMA_POLICY_LINUX_SPLIT if split else DMA_POLICY_LINUX
         else:
             raise DmaValueError("unified or linux", argument="policy", value=policy)
+        if split and p == DMA_POLICY_UNIFIED:
+            raise DmaValueError("with policy linux alone: unified always keeps the limits", argument="split", value=split)
         with nogil:
             rc = map_start(&self.c, &request.rq, p, &m.st, &m.it)
         m.device, m.request, m.policy = self, request, p
@@ -450,14 +459,14 @@ cdef class Device:
         m.segments_ = []
         return m
 
-    def explain(self, Mappable request not None, policy="unified"):
+    def explain(self, Mappable request not None, policy="unified", *, split=False):
         """What ``map`` would do with the request and why, without mapping it: an Explanation.
 
         Answered on a fresh IOVA space, so the same question has the same answer.
         """
         from dmapath.explain import explain
 
-        return explain(self, request, policy)
+        return explain(self, request, policy, split=split)
 
     # the exception for a negative return code: the back end's own words, where it has some
     def _failed(self, rc, words, argument, value):

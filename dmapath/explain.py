@@ -90,7 +90,7 @@ def _covered(runs: list[tuple[int, int]]) -> int:
     return total
 
 
-def explain(device: Device, request: Mappable, policy: str) -> Explanation:
+def explain(device: Device, request: Mappable, policy: str, *, split: bool = False) -> Explanation:
     """Map the request on a fresh device of the same kind, look, and unmap it."""
     if device.backend.name not in ("direct", "iommu", "xen", "grant") and not device.backend.can_be_fresh:
         raise NotSupportedError(f"explain needs a fresh IOVA space, and the back end {device.backend.name!r} gives none",
@@ -101,7 +101,7 @@ def explain(device: Device, request: Mappable, policy: str) -> Explanation:
     if recorded:
         trial.backend.record(True)
     try:
-        mapping = trial.map(request, policy)
+        mapping = trial.map(request, policy, split=split)
     except DmaError as e:
         out.error = f"{_errno.errorcode.get(e.errno or 0, '?')}: {e.rule}"
         _bounces(trial, request, out)

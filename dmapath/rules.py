@@ -9,6 +9,7 @@ from dmapath.errors import (
     AlignmentError,
     DmaError,
     DmaValueError,
+    IovaRangeError,
     NoMemoryError,
     NotSupportedError,
     error_for,
@@ -62,8 +63,16 @@ RULES: dict[str, Rule] = {
     "umem-sg": Rule("ib_umem_get_va", "Linux maps a memory region's pages with dma_map_sgtable"),
     "alignment": Rule("queue_limits.dma_alignment", "an address or length misses the device's dma_alignment"),
     "virt-boundary": Rule("queue_limits.virt_boundary_mask (bvec_gap_to_prev)",
-                          "the device takes no gaps, and nothing here can close them: split the bio first"),
-    "max-segments": Rule("queue_limits.max_segments", "more segments than the device takes: split the bio first"),
+                          "the device takes no gaps, and nothing here can close them: split the bio first (Bio.split)"),
+    "max-segments": Rule("queue_limits.max_segments", "more segments than the device takes: split the bio first (Bio.split)"),
+    "no-cut": Rule("queue_limits.max_segment_size, seg_boundary_mask",
+                   "a segment is too long or crosses the boundary, and no place to cut it keeps dma_alignment and "
+                   "virt_boundary"),
+    "bounce-offset": Rule("swiotlb_tbl_map_single (min_align_mask)",
+                          "the bounce buffer does not keep the address bits that virt_boundary and dma_alignment need: "
+                          "give the device that min_align_mask"),
+    "limits": Rule("queue_limits (dmapath)",
+                   "one IOVA range would be segments that the device does not take: mapped range by range"),
     "segment-cut": Rule("queue_limits.max_segment_size, seg_boundary_mask",
                         "the one range is handed out in pieces that the device takes"),
     "link-failed": Rule("dma_iova_link", "a range could not be linked; what was linked is undone, nothing is retried"),
@@ -100,6 +109,7 @@ RULES: dict[str, Rule] = {
 
 _REFUSALS: dict[str, type[DmaError]] = {
     "alignment": AlignmentError, "virt-boundary": AlignmentError, "max-segments": DmaValueError,
+    "no-cut": AlignmentError, "bounce-offset": AlignmentError, "not-capable": IovaRangeError,
     "p2p-refused": NotSupportedError, "p2p-mix": DmaValueError,
 }  # fmt: skip
 _NAMES = {bit: name for name, bit in RULE_BITS.items()}

@@ -1,10 +1,10 @@
 # cython: language_level=3
-from dmapath.abi cimport dma_bus_ops, dma_device, dma_ops
+from dmapath.abi cimport dma_bus_ops, dma_device, dma_map_iter, dma_map_state, dma_ops, dma_seg
 
 
 cdef class Call:
     cdef readonly str op
-    cdef public object phys, addr, size, offset, dir, attrs, vecs, segments, state, rc, write, done
+    cdef public object phys, addr, size, offset, dir, attrs, vecs, segments, state, rc, write, done, mapping, index, region
     cdef object where_
 
 
@@ -21,3 +21,6 @@ cdef class Tap:
     cdef void tell(self, observer, Call call) noexcept
     cdef void put(self, dma_device *dev)
     cdef void take(self, dma_device *dev)
+
+
+cdef void tap_segment(dma_device *dev, const dma_map_state *st, dma_map_iter *it, const dma_seg *seg) noexcept with gil

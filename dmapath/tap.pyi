@@ -16,6 +16,9 @@ class Call:
     write: Any
     done: Any
     rc: Any
+    mapping: Any
+    index: Any
+    region: Any
     @property
     def where(self) -> str: ...
 

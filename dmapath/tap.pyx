@@ -20,8 +20,8 @@ from libc.string cimport memset
 
 from dmapath._callbacks cimport enter, leave, show
 from dmapath.abi cimport (
-    DMA_FAULT_NOT_PRESENT, dma_addr_t, dma_data_direction, dma_device, dma_fault, dma_fault_at, dma_iova_size,
-    dma_iova_state, dma_seg, phys_addr_t, phys_vec,
+    DMA_FAULT_NOT_PRESENT, DMA_RQ_SG, dma_addr_t, dma_data_direction, dma_device, dma_fault, dma_fault_at, dma_iova_size,
+    dma_iova_state, dma_map_iter, dma_map_state, dma_seg, phys_addr_t, phys_vec,
 )
 
 from dmapath.errors import DmaValueError
@@ -50,11 +50,13 @@ def caller():
 
 
 cdef class Call:
-    """One call of a driver, or one access of a device (``op`` "access").
+    """One call of a driver, one access of a device (``op`` "access"), or one segment that the wrapper hands out ("segment",
+    shown ``after`` alone).
 
     ``op`` names it as in ``struct dma_ops``. What does not apply is None: ``phys``, ``addr``, ``size``, ``offset`` (bytes),
     ``dir`` (a name), ``attrs`` (bits), ``vecs`` [(phys, bytes)], ``segments`` [(addr, bytes)], ``state`` (addr, bytes),
-    ``write`` and ``done`` (an access), ``rc`` (after it). ``where`` is the caller's file and line.
+    ``write`` and ``done`` (an access), ``rc`` (after it); of a segment ``mapping`` (a number that is its mapping's while that
+    lives), ``index`` in it, and ``region`` (of a memory region). ``where`` is the caller's file and line.
     """
 
     @property
@@ -387,3 +389,16 @@ cdef int tap_access(dma_device *dev, dma_addr_t addr, uint64_t n, void *buf, int
     rc = t.inner_bus.access(dev, addr, n, buf, write, fault)
     call.done = fault.done if rc else n
     return t.finish(call, rc)
+
+
+# the wrapper hands a segment to the driver: nothing to refuse any more, so that observers are only told
+cdef void tap_segment(dma_device *dev, const dma_map_state *st, dma_map_iter *it, const dma_seg *seg) noexcept with gil:
+    cdef Tap t = tap_of(dev)
+    cdef Call call
+    if dmapath_tap_depth:
+        return
+    call = new_call("segment", seg.addr.v, seg.len, st.dir, st.attrs)
+    call.mapping, call.index, call.region, call.rc = <size_t>st, it.shown, bool(it.rq.flags & DMA_RQ_SG), 0
+    it.shown += 1
+    for observer in t.observers:
+        t.tell(observer, call)

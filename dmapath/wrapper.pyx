@@ -6,28 +6,30 @@ It knows ops tables and physical vectors, no memory kind and no particular backe
 choose).
 """
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport EINVAL, ENOMEM, EREMOTEIO, EXDEV
-from libc.stdint cimport uint32_t, uint64_t
+from libc.errno cimport EINVAL, ENOMEM, EREMOTEIO, ERANGE, EXDEV
+from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from dmapath.abi cimport (
-    DMA_ATTR_MMIO, DMA_DEV_COHERENT, DMA_DEV_UNTRUSTED, DMA_LAYOUT_BOUNCED, DMA_LAYOUT_DIRECT, DMA_LAYOUT_GAPPED,
-    DMA_LAYOUT_LINEAR, DMA_LAYOUT_NONE,
-    DMA_LAYOUT_PER_RANGE, DMA_MAP_CHUNK, DMA_P2P_BUS_ADDR, DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED,
-    DMA_P2P_THRU_HOST_BRIDGE, DMA_POLICY_LINUX, DMA_RQ_SG, DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr,
-    dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter, dma_map_state, dma_p2p_at,
-    dma_p2p_bus, dma_p2p_kind, dma_p2p_range, dma_policy, dma_request, dma_seg, dmapath_api, phys_addr, phys_addr_t,
-    phys_vec,
+    DMA_ATTR_MMIO, DMA_ATTR_SKIP_CPU_SYNC, DMA_DEV_COHERENT, DMA_DEV_UNTRUSTED, DMA_LAYOUT_BOUNCED, DMA_LAYOUT_DIRECT,
+    DMA_LAYOUT_GAPPED, DMA_LAYOUT_LINEAR, DMA_LAYOUT_NONE, DMA_LAYOUT_PER_RANGE, DMA_MAP_CHUNK, DMA_P2P_BUS_ADDR,
+    DMA_P2P_NONE, DMA_P2P_NOT_SUPPORTED, DMA_P2P_THRU_HOST_BRIDGE, DMA_POLICY_LINUX_SPLIT, DMA_POLICY_UNIFIED, DMA_RQ_SG,
+    DMAPATH_ABI, DMAPATH_API_CAPSULE, dma_addr, dma_data_direction, dma_device, dma_iova_destroy, dma_limits, dma_map_iter,
+    dma_map_state, dma_p2p_at, dma_p2p_bus, dma_p2p_find, dma_p2p_kind, dma_p2p_range, dma_policy, dma_request, dma_seg,
+    dma_segment_room, dmapath_api, phys_addr, phys_addr_t, phys_vec,
 )
+from dmapath.tap cimport tap_segment
 
 cdef extern from *:
     """
     #define likely(x) __builtin_expect(!!(x), 1)
+    #define unlikely(x) __builtin_expect(!!(x), 0)
     /* in the length of an address that is kept: it was mapped as MMIO, and must be unmapped so */
     #define SAVED_MMIO (1ull << 63)
     """
     bint likely(bint) noexcept nogil
+    bint unlikely(bint) noexcept nogil
     uint64_t SAVED_MMIO
 
 # One bit for each rule that can decide; dmapath.rules has the words.
@@ -54,6 +56,10 @@ cdef enum:
     R_P2P_REFUSED = 1 << 19
     R_P2P_MIX = 1 << 20
     R_SEPARATE = 1 << 21
+    R_LIMITS = 1 << 22
+    R_NOT_CAPABLE = 1 << 23
+    R_NO_CUT = 1 << 24
+    R_BOUNCE_OFFSET = 1 << 25
 
 RULE_BITS = {
     "empty": R_EMPTY, "no-iova": R_NO_IOVA, "no-gap": R_NO_GAP, "gap": R_GAP, "iova-full": R_IOVA_FULL,
@@ -62,13 +68,25 @@ RULE_BITS = {
     "segment-cut": R_SEGMENT_CUT, "link-failed": R_LINK_FAILED, "map-failed": R_MAP_FAILED, "forget": R_FORGET,
     "bounced": R_BOUNCED, "p2p-bus": R_P2P_BUS, "p2p-host-bridge": R_P2P_HOST, "p2p-refused": R_P2P_REFUSED,
     "p2p-mix": R_P2P_MIX, "separate": R_SEPARATE,
+    "limits": R_LIMITS, "not-capable": R_NOT_CAPABLE, "no-cut": R_NO_CUT, "bounce-offset": R_BOUNCE_OFFSET,
 }
+
+cdef uint64_t REFUSALS = R_ALIGNMENT | R_VIRT_BOUNDARY | R_MAX_SEGMENTS | R_NOT_CAPABLE | R_NO_CUT | R_BOUNCE_OFFSET
+
+# How the segments of a mapping leave: dma_map_iter.flags.
+cdef enum:
+    F_CHECK = 1  # look at each: where they lie was not known before
+    F_WHOLE = 2  # as they are: the caller has split the request
+    F_GUESS = 4  # range by range: cut a vector before it is mapped, where its segments will probably end
 
 
 cdef struct shape:  # what one look at all vectors tells
-    uint64_t padded     # bytes, each vector rounded out to granules
     uint64_t bits       # or of all addresses and lengths
     uint64_t edges      # or of the addresses and ends where two vectors meet
+    uint64_t joints     # the same of those that the IOMMU lays side by side: all but peers' by bus address
+    uint64_t linked     # their bytes
+    uint64_t padded     # their bytes, each vector rounded out to granules
+    phys_addr_t first   # the first of them
     uint32_t n
 
 
@@ -92,29 +110,82 @@ def fail_nth(long n):
     return left
 
 
-# ---- reading vectors ----------------------------------------------------------------------------------------------
+# ---- reading vectors: with peers in the request each is of one kind of memory --------------------------------------
+
+# cut vectors where memory changes hands
+cdef uint32_t load_pieces(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    cdef const dma_p2p_range *r
+    cdef phys_vec *v
+    cdef uint32_t n = 0
+    cdef int inside = 0
+    while n < DMA_MAP_CHUNK and (it.rest.len or it.rq.fill(it.rq, &it.cursor, it.lim, &it.rest, 1)):
+        v = &it.window[n]
+        v[0] = it.rest
+        r = dma_p2p_at(dev.p2p, v.paddr, &inside)
+        if inside and v.len > r.start.v + r.size - v.paddr.v:
+            v.len = r.start.v + r.size - v.paddr.v
+        elif not inside and r != NULL and v.len > r.start.v - v.paddr.v:
+            v.len = r.start.v - v.paddr.v
+        it.rest.paddr.v += v.len
+        it.rest.len -= v.len
+        n += 1
+    return n
+
 
 cdef inline void window_rewind(dma_map_iter *it) noexcept nogil:
     it.cursor.item = it.cursor.sub = it.cursor.pos = 0
+    it.rest.len = 0
     it.at = 0
 
 
-cdef inline uint32_t window_load(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
-    it.have = it.rq.fill(it.rq, &it.cursor, lim, it.window, DMA_MAP_CHUNK)
+cdef inline uint32_t window_load(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    if likely(it.p2p == 0):
+        it.have = it.rq.fill(it.rq, &it.cursor, it.lim, it.window, DMA_MAP_CHUNK)
+    else:
+        it.have = load_pieces(dev, it)
     it.at = 0
     return it.have
 
 
 # back to the first vector; when the window holds them all there is nothing to read again
-cdef inline void window_restart(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
+cdef inline void window_restart(dma_device *dev, dma_map_iter *it) noexcept nogil:
     window_rewind(it)
     if not it.whole:
-        window_load(it, lim)
+        window_load(dev, it)
+
+
+# read the vectors again, by other limits or in pieces
+cdef inline void window_again(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    it.whole = 0
+    window_restart(dev, it)
+
+
+# the vector the window stands at, or NULL after the last
+cdef inline const phys_vec *window_peek(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    if it.at == it.have:
+        if it.whole or window_load(dev, it) == 0:
+            return NULL
+    return &it.window[it.at]
+
+
+# the peer that a vector goes to without the host, or NULL: the IOMMU has nothing to do with it
+cdef inline const dma_p2p_range *peer_of(dma_device *dev, dma_map_iter *it, const phys_vec *v) noexcept nogil:
+    cdef const dma_p2p_range *r
+    if likely(it.p2p == 0):
+        return NULL
+    r = dma_p2p_find(dev, v.paddr)
+    return r if dma_p2p_kind(r) == DMA_P2P_BUS_ADDR else NULL
+
+
+cdef inline unsigned long attrs_of(dma_device *dev, dma_map_state *st, dma_map_iter *it, const phys_vec *v) noexcept nogil:
+    if likely(it.p2p == 0) or dma_p2p_kind(dma_p2p_find(dev, v.paddr)) != DMA_P2P_THRU_HOST_BRIDGE:
+        return st.attrs
+    return st.attrs | DMA_ATTR_MMIO
 
 
 # look at every vector once, and leave the window at the first
-cdef void measure(dma_map_iter *it, const dma_limits *lim, uint64_t gm, shape *s) noexcept nogil:
-    cdef uint64_t at = it.window[0].paddr.v, size = it.window[0].len, end = at + size
+cdef void measure(dma_device *dev, dma_map_iter *it, shape *s) noexcept nogil:
+    cdef uint64_t gm = it.granule_mask, at = it.window[0].paddr.v, size = it.window[0].len, end = at + size
     cdef uint64_t bits = at | size, edges = 0, padded = ((end + gm) & ~gm) - (at & ~gm)
     cdef uint32_t i, n = it.have, first = 1
     s.n = 0
@@ -130,25 +201,199 @@ cdef void measure(dma_map_iter *it, const dma_limits *lim, uint64_t gm, shape *s
         s.n += n
         if n < DMA_MAP_CHUNK:
             break
-        window_load(it, lim)
-        if it.have == 0:
+        if window_load(dev, it) == 0:
             it.have = n  # exactly full: the window still holds the last of them
             break
         n = it.have
-    s.bits, s.edges, s.padded = bits, edges, padded
     it.whole = s.n == it.have
-    window_restart(it, lim)
+    window_restart(dev, it)
+    s.bits, s.edges, s.padded = bits, edges, padded
+    s.joints, s.linked, s.first = edges, it.rq.total, it.window[0].paddr
 
 
-# how many vectors there are under these limits; the window ends up at the first
-cdef uint32_t count_vecs(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
+# the same of what the IOMMU gets where a request has peers in it
+cdef void measure_linked(dma_device *dev, dma_map_iter *it, shape *s) noexcept nogil:
+    cdef uint64_t gm = it.granule_mask, end = 0
+    cdef const phys_vec *v = window_peek(dev, it)
+    s.joints = s.linked = s.padded = 0
+    while v != NULL:
+        if peer_of(dev, it, v) == NULL:
+            if s.linked:
+                s.joints |= v.paddr.v | end
+            else:
+                s.first = v.paddr
+            end = v.paddr.v + v.len
+            s.linked += v.len
+            s.padded += ((end + gm) & ~gm) - (v.paddr.v & ~gm)
+        it.at += 1
+        v = window_peek(dev, it)
+    window_restart(dev, it)
+
+
+# how many vectors there are; the window ends up at the first
+cdef uint32_t count_vecs(dma_device *dev, dma_map_iter *it) noexcept nogil:
     cdef uint32_t n = 0
     window_rewind(it)
-    while window_load(it, lim):
+    while window_load(dev, it):
         n += it.have
-    it.whole = 0
-    window_restart(it, lim)
+    window_again(dev, it)
     return n
+
+
+# ---- segments leave: the one place where the device's limits are kept ------------------------------------------------
+
+cdef inline uint32_t most_segments(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    return dev.sg_max_segments if it.rq.flags & DMA_RQ_SG else dev.limits.max_segments
+
+
+# 1, or what the device cannot take: a rule, and -errno
+cdef int check_segment(dma_device *dev, dma_map_state *st, dma_map_iter *it, const dma_seg *seg) noexcept nogil:
+    cdef uint64_t at = seg.addr.v, last = at + (seg.len - 1)
+    cdef bint moved = st.rules & R_BOUNCED  # the request's own addresses were looked at before
+    if last < at or last > dev.reach:
+        st.rules |= R_NOT_CAPABLE
+        return -ERANGE
+    if (at | seg.len) & dev.limits.dma_alignment:
+        st.rules |= R_BOUNCE_OFFSET if moved else R_ALIGNMENT
+        return -EINVAL
+    if it.end and (at | it.end) & dev.limits.virt_boundary:
+        st.rules |= R_BOUNCE_OFFSET if moved else R_VIRT_BOUNDARY
+        return -EINVAL
+    if it.given == most_segments(dev, it):
+        st.rules |= R_MAX_SEGMENTS
+        return -EINVAL
+    it.given += 1
+    it.end = last + 1
+    return 1
+
+
+# a segment of what is mapped
+cdef inline int hand_out(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    cdef uint64_t n = it.left, at = it.addr, mask = dev.limits.seg_boundary_mask
+    if unlikely(n > dev.limits.max_segment_size or n - 1 > mask - (at & mask)) and not it.flags & F_WHOLE:
+        n = dma_segment_room(&dev.limits, at, n)
+        if n == 0:
+            st.rules |= R_NO_CUT
+            return -EINVAL
+        st.rules |= R_SEGMENT_CUT
+    seg.addr = dma_addr(at)
+    seg.len = n
+    it.addr = at + n
+    it.left -= n
+    return check_segment(dev, st, it, seg) if unlikely(it.flags & F_CHECK) else 1
+
+
+# what is mapped as a list
+cdef inline int run_saved(dma_map_state *st, dma_map_iter *it) noexcept nogil:
+    if it.at == st.nr_saved:
+        return 0
+    it.addr, it.left = st.saved[it.at].addr.v, st.saved[it.at].len
+    it.at += 1
+    return 1
+
+
+# one range without gaps, between two peers
+cdef int run_linear(dma_device *dev, dma_map_iter *it, const phys_vec *v) noexcept nogil:
+    it.addr = it.base
+    while v != NULL and peer_of(dev, it, v) == NULL:
+        it.left += v.len
+        it.at += 1
+        v = window_peek(dev, it)
+    it.base += it.left
+    return 1
+
+
+# of one gapped range: a vector has granules of its own, and those that meet it on a granule lie side by side with it
+cdef int next_gapped(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    cdef uint64_t gm = it.granule_mask, off, n, base = it.base
+    cdef const phys_vec *v = window_peek(dev, it)
+    if v == NULL:
+        return 0
+    it.at += 1
+    off, n = v.paddr.v & gm, v.len
+    seg.addr = dma_addr(base + off)
+    base += (off + n + gm) & ~gm
+    while (off + n) & gm == 0:
+        v = window_peek(dev, it)
+        if v == NULL or v.paddr.v & gm or peer_of(dev, it, v) != NULL:
+            break
+        n += v.len
+        base += (v.len + gm) & ~gm
+        it.at += 1
+    seg.len, it.base = n, base
+    return 1
+
+
+# a peer's memory by its bus address; False: it is not one
+cdef bint run_peer(dma_device *dev, dma_map_iter *it, const phys_vec *v) noexcept nogil:
+    cdef const dma_p2p_range *peer = peer_of(dev, it, v)
+    if peer == NULL:
+        return False
+    it.addr, it.left = dma_p2p_bus(peer, v.paddr).v, v.len
+    it.at += 1
+    return True
+
+
+# the next run of bytes that lie side by side for the device; range by range this is where they are mapped
+cdef int next_run(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
+    cdef const phys_vec *v
+    cdef dma_seg run
+    if st.sg:
+        return run_saved(st, it)
+    if st.layout == DMA_LAYOUT_LINEAR and it.p2p == 0:
+        return 0  # it was one run
+    v = window_peek(dev, it)
+    if v == NULL:
+        return 0
+    if run_peer(dev, it, v):
+        return 1
+    if st.layout == DMA_LAYOUT_GAPPED:
+        next_gapped(dev, st, it, &run)
+        it.addr, it.left = run.addr.v, run.len
+        return 1
+    return run_linear(dev, it, v) if st.layout == DMA_LAYOUT_LINEAR else run_mapped(dev, st, it, v)
+
+
+# of anything: what has to be cut or looked at
+cdef int next_cut(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    cdef int rc = 1
+    if it.left == 0:
+        rc = next_run(dev, st, it)
+    return hand_out(dev, st, it, seg) if rc > 0 else rc
+
+
+cdef int next_none(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    return 0
+
+
+cdef int next_shown(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    cdef int rc = it.next(dev, st, it, seg)
+    if rc > 0:
+        tap_segment(dev, st, it, seg)
+    return rc
+
+
+# 1 and the next segment, 0 after the last
+cdef int map_next(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    if unlikely(dev.tap != NULL):
+        return next_shown(dev, st, it, seg)
+    return it.next(dev, st, it, seg)
+
+
+# read all segments of what lies in one range or list, without giving them to anybody: does the device take them?
+cdef bint device_takes(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
+    cdef uint64_t rules = st.rules, addr = it.addr, left = it.left, base = it.base
+    cdef uint32_t flags = it.flags
+    cdef dma_seg seg
+    cdef int rc = 1
+    it.flags |= F_CHECK
+    it.given = it.end = 0
+    while rc > 0:
+        rc = next_cut(dev, st, it, &seg)
+    it.flags, it.addr, it.left, it.base = flags, addr, left, base
+    if rc == 0:
+        st.rules = rules
+    return rc == 0
 
 
 # ---- start --------------------------------------------------------------------------------------------------------
@@ -159,25 +404,57 @@ cdef inline void give_up(dma_map_state *st, uint64_t rule) noexcept nogil:
     st.iova.size = 0
 
 
-# after the last link, or the first that failed: one sync; on failure everything is taken back
-cdef int finish_links(dma_device *dev, dma_map_state *st, uint64_t size, int rc) noexcept nogil:
-    if rc == 0:
-        rc = dev.ops.iova_sync(dev, &st.iova, 0, size)
-    if rc:
-        dma_iova_destroy(dev, &st.iova, st.mapped, <dma_data_direction>st.dir, st.attrs)
-        give_up(st, R_LINK_FAILED)
-    return rc
+# does it break what holds for the vectors themselves, wherever they are mapped?
+cdef inline bint breaks(dma_device *dev, dma_map_iter *it, const shape *s) noexcept nogil:
+    return (s.bits & dev.limits.dma_alignment or s.edges & dev.limits.virt_boundary
+            or s.n > most_segments(dev, it))
 
 
-# link every vector, sync once
+cdef int refuse(dma_device *dev, dma_map_state *st, dma_map_iter *it, const shape *s) noexcept nogil:
+    if s.bits & dev.limits.dma_alignment:
+        give_up(st, R_ALIGNMENT)
+    elif s.edges & dev.limits.virt_boundary:
+        give_up(st, R_VIRT_BOUNDARY)
+    else:
+        give_up(st, R_MAX_SEGMENTS)
+    return -EINVAL
+
+
+cdef inline uint64_t span_of(const phys_vec *v, bint gapped, uint64_t gm) noexcept nogil:
+    return (v.len + (v.paddr.v & gm) + gm) & ~gm if gapped else v.len
+
+
+# the window's vectors one by one, since registers and memory differ in an attribute
+cdef int link_pieces(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gapped) noexcept nogil:
+    cdef const phys_vec *v
+    cdef unsigned long attrs
+    cdef uint32_t i
+    cdef int rc
+    for i in range(it.have):
+        v = &it.window[i]
+        if peer_of(dev, it, v) != NULL:
+            continue
+        attrs = attrs_of(dev, st, it, v)
+        if gapped:
+            rc = dev.ops.iova_link_gapped(dev, &st.iova, v, 1, st.mapped, <dma_data_direction>st.dir, attrs)
+        else:
+            rc = dev.ops.iova_link_vec(dev, &st.iova, v, 1, st.mapped, <dma_data_direction>st.dir, attrs)
+        if rc:
+            return rc
+        st.mapped += span_of(v, gapped, it.granule_mask)
+    return 0
+
+
+# link every vector but peers', sync once
 cdef int link_all(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gapped, uint64_t size) noexcept nogil:
-    cdef uint64_t gm = it.granule_mask, step
     cdef dma_data_direction dir = <dma_data_direction>st.dir
     cdef uint32_t i
     cdef int rc = 0
     st.mapped = 0
-    while it.have and rc == 0:
-        if gapped:
+    while it.have:
+        if unlikely(it.p2p):
+            rc = link_pieces(dev, st, it, gapped)
+        elif gapped:
             rc = dev.ops.iova_link_gapped(dev, &st.iova, it.window, it.have, st.mapped, dir, st.attrs)
         else:
             rc = dev.ops.iova_link_vec(dev, &st.iova, it.window, it.have, st.mapped, dir, st.attrs)
@@ -186,74 +463,94 @@ cdef int link_all(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gap
         if it.whole:
             st.mapped = size
             break
-        for i in range(it.have):
-            step = it.window[i].len
-            if gapped:
-                step = (step + (it.window[i].paddr.v & gm) + gm) & ~gm
-            st.mapped += step
-        window_load(it, &dev.limits)
-    rc = finish_links(dev, st, size, rc)
-    window_restart(it, &dev.limits)
+        for i in range(it.have if it.p2p == 0 else 0):
+            st.mapped += span_of(&it.window[i], gapped, it.granule_mask)
+        window_load(dev, it)
+    if rc == 0:
+        rc = dev.ops.iova_sync(dev, &st.iova, 0, size)
+    if unlikely(rc):
+        dma_iova_destroy(dev, &st.iova, st.mapped, dir, st.attrs)
+        give_up(st, R_LINK_FAILED)
+    window_restart(dev, it)
     return rc
 
 
-# 1: one IOVA range holds the request; 0: the backend gives none; < 0: failed
-cdef int map_in_one(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gapped, uint64_t size) noexcept nogil:
-    cdef phys_addr_t first = it.window[0].paddr
+# is it plain to see that segments of one range are within the limits? If not, device_takes looks at each
+cdef inline bint plainly_taken(dma_device *dev, dma_map_state *st, dma_map_iter *it, uint64_t size, uint32_t most) noexcept nogil:
+    cdef uint64_t at = st.iova.addr.v, last = at + (size - 1)
+    return (it.p2p == 0 and last >= at and last <= dev.reach and size <= dev.limits.max_segment_size
+            and (at ^ last) & ~dev.limits.seg_boundary_mask == 0 and most <= most_segments(dev, it)
+            and (dev.limits.dma_alignment | dev.limits.virt_boundary) & ~it.granule_mask == 0)
+
+
+# 1: one IOVA range holds the request; 0: not one that the backend gives and the device takes; < 0: failed
+cdef int map_in_one(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gapped, const shape *s) noexcept nogil:
+    cdef uint64_t size = s.padded if gapped else s.linked
+    cdef phys_addr_t first = phys_addr(s.first.v & ~it.granule_mask) if gapped else s.first
     cdef int rc
-    if gapped:
-        first = phys_addr(first.v & ~it.granule_mask)
     if not dev.ops.iova_try_alloc(dev, &st.iova, first, size):
-        st.rules |= R_IOVA_FULL
-        return 0
+        return separately(st, it, R_IOVA_FULL)
     st.layout = DMA_LAYOUT_GAPPED if gapped else DMA_LAYOUT_LINEAR
+    it.addr = it.base = st.iova.addr.v
+    it.left = 0 if gapped or it.p2p else size
+    it.next = next_cut
+    if plainly_taken(dev, st, it, size, s.n if gapped else 1):
+        it.next = next_gapped if gapped else next_cut
+    elif not it.flags & F_WHOLE:
+        rc = device_takes(dev, st, it)
+        window_restart(dev, it)
+        if not rc:
+            dev.ops.iova_free(dev, &st.iova)
+            return separately(st, it, R_LIMITS)
     rc = link_all(dev, st, it, gapped, size)
     if rc == -EXDEV:
-        st.rules = st.rules & ~<uint64_t>R_LINK_FAILED | R_SEPARATE
-        return 0
-    if rc:
-        return rc
-    it.next = st.iova.addr.v
-    it.left = size
-    return 1
+        return separately(st, it, R_SEPARATE)
+    return rc if rc else 1
 
 
-# map range by range, in map_next; what unmap will need is kept only where something must be unmapped
-cdef int prepare_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, uint32_t most) noexcept nogil:
-    st.layout = DMA_LAYOUT_PER_RANGE if it.granule_mask else DMA_LAYOUT_DIRECT
+# one range it cannot be, and why
+cdef int separately(dma_map_state *st, dma_map_iter *it, uint64_t rule) noexcept nogil:
+    st.rules = st.rules & ~<uint64_t>(R_LINK_FAILED | R_SEGMENT_CUT | REFUSALS) | rule
     st.iova.size = 0
-    it.left = most
+    it.left = it.given = 0
+    return 0
+
+
+# map n vectors range by range, in map_next; what unmap will need is kept only where something must be unmapped
+cdef inline int prepare_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, uint32_t n, bint cuts) noexcept nogil:
+    st.layout = DMA_LAYOUT_PER_RANGE if it.granule_mask else DMA_LAYOUT_DIRECT
+    it.keep = dev.limits.dma_alignment | dev.limits.virt_boundary
+    it.end = 0
+    it.next = map_vector
+    if unlikely(cuts or it.p2p or it.flags & F_WHOLE):
+        it.next = next_cut
+        it.flags |= 0 if it.flags & F_WHOLE else F_CHECK
+        it.left = it.pos = it.delta = 0
     if not dev.ops.need_unmap(dev):
         st.rules |= R_FORGET
         return 0
-    return keep_addresses(st, most)
+    return keep_addresses(st, it, n)
 
 
-cdef int keep_addresses(dma_map_state *st, uint64_t most) noexcept nogil:
+cdef int keep_addresses(dma_map_state *st, dma_map_iter *it, uint32_t n) noexcept nogil:
     st.rules &= ~<uint64_t>R_FORGET
-    st.saved = <dma_seg *>take(<size_t>most * sizeof(dma_seg))
+    it.room = n
+    st.saved = <dma_seg *>take(<size_t>n * sizeof(dma_seg))
     if st.saved == NULL:
         give_up(st, R_MAP_FAILED)
         return -ENOMEM
     return 0
 
 
-# what the driver said its hardware cannot take
-cdef int limits_refuse(dma_device *dev, dma_map_state *st, dma_map_iter *it, const shape *s,
-                       bint one_range) noexcept nogil:
-    if it.rq.flags & DMA_RQ_SG:
-        return 0
-    if s.bits & dev.limits.dma_alignment:
-        give_up(st, R_ALIGNMENT)
-        return -EINVAL
-    if one_range:
-        return 0
-    if s.edges & dev.limits.virt_boundary:
-        give_up(st, R_VIRT_BOUNDARY)
-        return -EINVAL
-    if s.n > dev.limits.max_segments:
-        give_up(st, R_MAX_SEGMENTS)
-        return -EINVAL
+# more segments than vectors, since the device's limits cut them
+cdef int keep_more(dma_map_state *st, dma_map_iter *it) noexcept nogil:
+    cdef dma_seg *more = <dma_seg *>take(2 * <size_t>it.room * sizeof(dma_seg))
+    if more == NULL:
+        return -ENOMEM
+    memcpy(more, st.saved, it.room * sizeof(dma_seg))
+    free(st.saved)
+    st.saved = more
+    it.room *= 2
     return 0
 
 
@@ -263,11 +560,10 @@ cdef bint heads_lose_their_place(dma_device *dev, dma_map_iter *it) noexcept nog
     cdef uint64_t heads = 0
     cdef uint32_t i
     window_rewind(it)
-    while window_load(it, &dev.limits):
+    while window_load(dev, it):
         for i in range(it.have):
             heads |= it.window[i].paddr.v
-    it.whole = 0
-    window_restart(it, &dev.limits)
+    window_again(dev, it)
     return heads & it.granule_mask & ~dev.min_align_mask != 0
 
 
@@ -277,255 +573,135 @@ cdef inline bint cannot_link(dma_device *dev, dma_map_iter *it) noexcept nogil:
     return heads_lose_their_place(dev, it)
 
 
-cdef int start_unified(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
+# segments that come at least, range by range: each vector's own, cut by the address where that is known, else by size alone
+cdef uint64_t count_cut(dma_device *dev, dma_map_iter *it, uint32_t most) noexcept nogil:
+    cdef dma_limits lim = dev.limits
+    cdef const phys_vec *v = window_peek(dev, it)
+    cdef const dma_p2p_range *peer
+    cdef uint64_t n = 0, done, part, at
+    while v != NULL and n <= most:
+        peer = peer_of(dev, it, v)
+        at = v.paddr.v if peer == NULL else dma_p2p_bus(peer, v.paddr).v
+        # an IOVA is aligned to its size, so it is cut where the physical address would be
+        lim.seg_boundary_mask = dev.limits.seg_boundary_mask if it.granule_mask or peer != NULL else UINT64_MAX
+        done = 0
+        while done < v.len and n <= most:
+            part = dma_segment_room(&lim, at + done, v.len - done)
+            done += part if part else v.len
+            n += 1
+        it.at += 1
+        v = window_peek(dev, it)
+    window_again(dev, it)
+    return n
+
+
+# may the device's limits cut a vector?
+cdef inline bint may_cut(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    return it.rq.total > dev.limits.max_segment_size or dev.limits.seg_boundary_mask != UINT64_MAX
+
+
+cdef inline int start_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, const shape *s) noexcept nogil:
+    cdef uint32_t most = most_segments(dev, it)
+    cdef bint cuts = may_cut(dev, it)
+    if unlikely(breaks(dev, it, s)):
+        return refuse(dev, st, it, s)
+    if unlikely(cuts):
+        it.flags = F_GUESS
+        if count_cut(dev, it, most) > most:
+            give_up(st, R_MAX_SEGMENTS)
+            return -EINVAL
+    return prepare_each(dev, st, it, s.n, cuts)
+
+
+cdef int start_unified(dma_device *dev, dma_map_state *st, dma_map_iter *it, shape *s) noexcept nogil:
     cdef uint64_t gm = it.granule_mask
-    cdef bint alone, fits, gapped_ok = dev.flags & DMA_DEV_COHERENT
-    cdef shape s
+    cdef bint fits
     cdef int rc
-    measure(it, &dev.limits, gm, &s)
-    alone = cannot_link(dev, it)
-    fits = gm != 0 and s.edges & gm == 0 and not alone
-    rc = limits_refuse(dev, st, it, &s, fits)
-    if rc:
-        return rc
+    if unlikely(s.bits & dev.limits.dma_alignment):
+        return refuse(dev, st, it, s)
+    if unlikely(it.p2p):
+        measure_linked(dev, it, s)
+        if s.linked == 0:
+            return start_peer_alone(dev, st, it, s)
     if gm == 0:
         st.rules |= R_NO_IOVA
-    elif alone:
+    elif cannot_link(dev, it):
         st.rules |= R_SEPARATE
-    elif fits:
-        st.rules |= R_FITS
-        rc = map_in_one(dev, st, it, False, it.rq.total)
-        if rc == 0:  # not one range after all: each must be such as the device takes
-            rc = limits_refuse(dev, st, it, &s, False)
-            if rc:
-                return rc
-    elif gapped_ok:
-        st.rules |= R_GAPPED
-        rc = map_in_one(dev, st, it, True, s.padded)
     else:
-        # unmap has to clean exactly the bytes that were mapped, so it must know the ranges
-        st.rules |= R_NONCOHERENT
-    if rc:
-        return rc if rc < 0 else 0
-    return prepare_each(dev, st, it, s.n)
+        fits = s.joints & gm == 0
+        if fits or dev.flags & DMA_DEV_COHERENT:
+            if unlikely(not fits and s.edges & dev.limits.virt_boundary):
+                return refuse(dev, st, it, s)
+            st.rules |= R_FITS if fits else R_GAPPED
+            rc = map_in_one(dev, st, it, not fits, s)
+            if rc:
+                return rc if rc < 0 else 0
+        else:
+            # unmap has to clean exactly the bytes that were mapped, so it must know the ranges
+            st.rules |= R_NONCOHERENT
+    return start_each(dev, st, it, s)
 
 
 # ---- peer-to-peer: a request that touches BARs --------------------------------------------------------------------
 
-cdef struct piece:  # part of a vector that lies in one kind of memory
-    phys_vec v
-    const dma_p2p_range *peer  # NULL: the host's
-    uint32_t type              # enum dma_p2p_type
-
-
-# the next piece, or False after the last: vectors are cut where memory changes hands
-cdef bint next_piece(dma_device *dev, dma_map_iter *it, const dma_limits *lim, piece *out) noexcept nogil:
-    cdef const dma_p2p_range *r
-    cdef const phys_vec *v
-    cdef int inside = 0
-    if it.at == it.have:
-        if it.whole or window_load(it, lim) == 0:
-            return False
-    v = &it.window[it.at]
-    out.v.paddr = phys_addr(v.paddr.v + it.pos)
-    out.v.len = v.len - it.pos
-    r = dma_p2p_at(dev.p2p, out.v.paddr, &inside)
-    out.peer = r if inside else NULL
-    out.type = dma_p2p_kind(out.peer)
-    if inside:
-        if out.v.len > r.start.v + r.size - out.v.paddr.v:
-            out.v.len = r.start.v + r.size - out.v.paddr.v
-    elif r != NULL and out.v.len > r.start.v - out.v.paddr.v:
-        out.v.len = r.start.v - out.v.paddr.v
-    it.pos += out.v.len
-    if it.pos == v.len:
-        it.pos = 0
-        it.at += 1
-    return True
-
-
-cdef void restart_pieces(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
-    it.pos = 0
-    window_restart(it, lim)
-
-
 # which kinds of memory the request touches, as a set of bits; the window is left at the first vector
 cdef uint32_t p2p_scan(dma_device *dev, dma_map_iter *it) noexcept nogil:
     cdef uint32_t seen = 0
-    cdef piece p
-    it.whole = 0
-    while next_piece(dev, it, &dev.limits, &p):
-        seen |= 1 << p.type
-    restart_pieces(it, &dev.limits)
+    cdef const phys_vec *v = window_peek(dev, it)
+    while v != NULL:
+        seen |= 1 << dma_p2p_kind(dma_p2p_find(dev, v.paddr))
+        it.at += 1
+        v = window_peek(dev, it)
     return seen
 
 
-# what the unified flow must know: bytes and granules for the IOMMU, where those pieces meet, and the segments
-cdef void measure_pieces(dma_device *dev, dma_map_iter *it, shape *s, uint64_t *linked, uint64_t *joints,
-                         uint32_t *runs) noexcept nogil:
-    cdef uint64_t gm = it.granule_mask, end = 0, last = 0
-    cdef bint before = False, first = True
-    cdef piece p
-    memset(s, 0, sizeof(shape))
-    linked[0] = joints[0] = 0
-    runs[0] = 0
-    while next_piece(dev, it, &dev.limits, &p):
-        s.bits |= p.v.paddr.v | p.v.len
-        if not first:
-            s.edges |= p.v.paddr.v | end
-        first = False
-        end = p.v.paddr.v + p.v.len
-        s.n += 1
-        if p.type == DMA_P2P_BUS_ADDR:
-            before = False
-            runs[0] += 1
-            continue
-        if linked[0]:
-            joints[0] |= p.v.paddr.v | last
-        last = end
-        runs[0] += not before
-        before = True
-        linked[0] += p.v.len
-        s.padded += ((end + gm) & ~gm) - (p.v.paddr.v & ~gm)
-    restart_pieces(it, &dev.limits)
-
-
-# link all pieces but the peers', with one sync; registers and memory differ in an attribute
-cdef int link_pieces(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gapped, uint64_t size) noexcept nogil:
-    cdef uint64_t gm = it.granule_mask, step
-    cdef unsigned long attrs
-    cdef piece p
-    cdef int rc = 0
-    st.mapped = 0
-    while rc == 0 and next_piece(dev, it, &dev.limits, &p):
-        if p.type == DMA_P2P_BUS_ADDR:
-            continue
-        attrs = st.attrs | DMA_ATTR_MMIO if p.type == DMA_P2P_THRU_HOST_BRIDGE else st.attrs
-        if gapped:
-            rc = dev.ops.iova_link_gapped(dev, &st.iova, &p.v, 1, st.mapped, <dma_data_direction>st.dir, attrs)
-            step = (p.v.len + (p.v.paddr.v & gm) + gm) & ~gm
-        else:
-            rc = dev.ops.iova_link_vec(dev, &st.iova, &p.v, 1, st.mapped, <dma_data_direction>st.dir, attrs)
-            step = p.v.len
-        st.mapped += step if rc == 0 else 0
-    rc = finish_links(dev, st, size, rc)
-    restart_pieces(it, &dev.limits)
-    return rc
-
-
-cdef phys_addr_t first_linked(dma_device *dev, dma_map_iter *it) noexcept nogil:
-    cdef piece p
-    while next_piece(dev, it, &dev.limits, &p):
-        if p.type != DMA_P2P_BUS_ADDR:
-            break
-    restart_pieces(it, &dev.limits)
-    return p.v.paddr
-
-
-cdef int start_unified_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
-    cdef uint64_t gm = it.granule_mask, linked, joints, size
-    cdef uint32_t runs, pieces
-    cdef bint alone, fits
-    cdef shape s
-    cdef int rc
-    measure_pieces(dev, it, &s, &linked, &joints, &runs)
-    alone = cannot_link(dev, it)
-    fits = gm != 0 and joints & gm == 0 and not alone
-    pieces = s.n
-    if fits:
-        s.n = runs
-    rc = limits_refuse(dev, st, it, &s, fits and runs == 1)
-    if rc:
-        return rc
-    if linked == 0:
-        return start_peer_alone(st)
-    if gm == 0:
-        st.rules |= R_NO_IOVA
-    elif alone:
-        st.rules |= R_SEPARATE
-    elif fits or dev.flags & DMA_DEV_COHERENT:
-        st.rules |= R_FITS if fits else R_GAPPED
-        size = linked if fits else s.padded
-        if dev.ops.iova_try_alloc(dev, &st.iova, first_linked(dev, it) if fits else phys_addr(0), size):
-            st.layout = DMA_LAYOUT_LINEAR if fits else DMA_LAYOUT_GAPPED
-            it.next = st.iova.addr.v
-            rc = link_pieces(dev, st, it, not fits, size)
-            if rc != -EXDEV:
-                return rc
-            st.rules = st.rules & ~<uint64_t>R_LINK_FAILED | R_SEPARATE
-        else:
-            st.rules |= R_IOVA_FULL
-        s.n = pieces
-        rc = limits_refuse(dev, st, it, &s, False)
-        if rc:
-            return rc
-    else:
-        st.rules |= R_NONCOHERENT
-    return prepare_each(dev, st, it, pieces)
-
-
-# blk_dma_map_iter_start: the first vector's kind is the whole bio's, which bio_add_page has made sure of
-cdef int start_linux_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
-    cdef piece first, p
-    next_piece(dev, it, &dev.limits, &first)
-    while next_piece(dev, it, &dev.limits, &p):
-        if p.peer != first.peer:
-            give_up(st, R_P2P_MIX)
-            return -EINVAL
-    restart_pieces(it, &dev.limits)
-    if first.type == DMA_P2P_BUS_ADDR:
-        return start_peer_alone(st)
-    it.p2p = 0
-    st.attrs |= DMA_ATTR_MMIO
-    return start_linux(dev, st, it)
-
-
 # nothing for the IOMMU to do, nothing to keep
-cdef int start_peer_alone(dma_map_state *st) noexcept nogil:
+cdef int start_peer_alone(dma_device *dev, dma_map_state *st, dma_map_iter *it, const shape *s) noexcept nogil:
+    if not it.flags & F_WHOLE and breaks(dev, it, s):
+        return refuse(dev, st, it, s)
     st.layout = DMA_LAYOUT_DIRECT
     st.rules |= R_FORGET
+    it.next = next_cut
+    if not it.flags & F_WHOLE and not device_takes(dev, st, it):
+        st.layout = DMA_LAYOUT_NONE
+        return -ERANGE if st.rules & R_NOT_CAPABLE else -EINVAL
+    window_restart(dev, it)
     return 0
 
 
-cdef int start_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_policy policy) noexcept nogil:
+# may this request have these peers in it?
+cdef int admit_peers(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_policy policy) noexcept nogil:
     st.rules |= R_P2P_BUS if it.p2p & 1 << DMA_P2P_BUS_ADDR else 0
     st.rules |= R_P2P_HOST if it.p2p & 1 << DMA_P2P_THRU_HOST_BRIDGE else 0
     if it.p2p & 1 << DMA_P2P_NOT_SUPPORTED:
         give_up(st, R_P2P_REFUSED)
         # Linux's block layer says INVAL where everybody else says EREMOTEIO
-        return -EINVAL if policy == DMA_POLICY_LINUX and not it.rq.flags & DMA_RQ_SG else -EREMOTEIO
+        return -EREMOTEIO if policy == DMA_POLICY_UNIFIED or it.rq.flags & DMA_RQ_SG else -EINVAL
     if it.p2p & 1 << DMA_P2P_THRU_HOST_BRIDGE and not it.p2p & 1 << DMA_P2P_NONE:
         st.attrs |= DMA_ATTR_MMIO  # all that is linked is
-    if policy != DMA_POLICY_LINUX:
-        return start_unified_p2p(dev, st, it)
-    return start_umem(dev, st, it) if it.rq.flags & DMA_RQ_SG else start_linux_p2p(dev, st, it)
+    return 0
 
+
+# ---- policy linux -------------------------------------------------------------------------------------------------
 
 # ib_umem_get maps the page list with dma_map_sgtable
 cdef int start_umem(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
-    cdef uint32_t n = 0, most, got
-    cdef piece p
+    cdef uint32_t n = 0, most
     cdef dma_limits lim = dev.limits
     cdef phys_vec *v
     cdef int rc
     lim.max_segment_size = dev.sg_max_segment_size
+    it.lim = &lim
     st.rules |= R_UMEM_SG
-    st.sg = 1
-    most = count_vecs(it, &lim) + (2 * dev.p2p.nr if it.p2p else 0)  # each range cuts two vectors at most
+    most = count_vecs(dev, it)
     v = <phys_vec *>take(<size_t>most * sizeof(phys_vec))
     st.saved = <dma_seg *>take(<size_t>most * sizeof(dma_seg))
     rc = 0 if v != NULL and st.saved != NULL else -ENOMEM
     if rc == 0:
-        restart_pieces(it, &lim)
-        while it.p2p and next_piece(dev, it, &lim, &p):
-            v[n] = p.v
-            n += 1
-        window_rewind(it)
-        while not it.p2p and n < most:
-            got = it.rq.fill(it.rq, &it.cursor, &lim, v + n, most - n)
-            if got == 0:
-                break
-            n += got
+        while it.have and it.have <= most - n:
+            memcpy(v + n, it.window, it.have * sizeof(phys_vec))
+            n += it.have
+            window_load(dev, it)
         rc = dev.ops.map_sg(dev, v, n, <dma_data_direction>st.dir, st.attrs, st.saved)
     free(v)
     if rc < 0:
@@ -533,195 +709,196 @@ cdef int start_umem(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexce
         st.saved = NULL
         give_up(st, R_MAP_FAILED)
         return rc
+    st.sg = 1
     st.nr_saved = <uint32_t>rc
     st.layout = DMA_LAYOUT_LINEAR if it.granule_mask else DMA_LAYOUT_DIRECT
+    return check_umem(dev, st, it)
+
+
+cdef int check_umem(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
+    it.at = 0
+    it.next = next_cut
+    if not it.flags & F_WHOLE and not device_takes(dev, st, it):
+        unmap(dev, st)
+        return -ERANGE if st.rules & R_NOT_CAPABLE else -EINVAL
     it.at = 0
     return 0
 
 
+# blk_dma_map_iter_start: the first vector's kind is the whole bio's, which bio_add_page has made sure of
+cdef bint mixed(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    cdef const phys_vec *v = window_peek(dev, it)
+    cdef const dma_p2p_range *first = dma_p2p_find(dev, v.paddr)
+    while v != NULL and dma_p2p_find(dev, v.paddr) == first:
+        it.at += 1
+        v = window_peek(dev, it)
+    window_again(dev, it)
+    return v != NULL
+
+
+# may the request break a limit? If not there is no need to measure it
+cdef inline bint may_break(dma_device *dev, dma_map_iter *it) noexcept nogil:
+    return (it.rq.max_vecs > dev.limits.max_segments or may_cut(dev, it)
+            or dev.limits.dma_alignment | dev.limits.virt_boundary)
+
+
 # blk_rq_dma_map_iter_start
-cdef int start_linux(dma_device *dev, dma_map_state *st, dma_map_iter *it) noexcept nogil:
+cdef int start_linux(dma_device *dev, dma_map_state *st, dma_map_iter *it, shape *s) noexcept nogil:
     cdef uint64_t gm = it.granule_mask
     cdef int rc = 0
     if it.rq.flags & DMA_RQ_SG:
         return start_umem(dev, st, it)
-    it.whole = it.have < DMA_MAP_CHUNK
+    if unlikely(it.p2p):
+        if mixed(dev, it):
+            give_up(st, R_P2P_MIX)
+            return -EINVAL
+        if it.p2p & 1 << DMA_P2P_BUS_ADDR:
+            return start_peer_alone(dev, st, it, s)
+        it.p2p = 0
+        window_again(dev, it)
+    if s.n and breaks(dev, it, s):
+        return refuse(dev, st, it, s)
+    it.whole = it.whole or it.have < DMA_MAP_CHUNK
     if it.rq.gap_mask & gm:
         st.rules |= R_GAP
     else:
         st.rules |= R_NO_GAP if gm else R_NO_IOVA
-        rc = map_in_one(dev, st, it, False, it.rq.total)
+        s.linked, s.first = it.rq.total, it.window[0].paddr
+        rc = map_in_one(dev, st, it, False, s)
         if gm == 0:
             st.rules &= ~<uint64_t>R_IOVA_FULL
     if rc:
         return rc if rc < 0 else 0
-    return prepare_each(dev, st, it, it.have if it.whole else count_vecs(it, &dev.limits))
+    return prepare_each(dev, st, it, it.have if it.whole else count_vecs(dev, it), may_cut(dev, it))
 
 
 cdef int map_start(dma_device *dev, const dma_request *rq, dma_policy policy, dma_map_state *st,
                    dma_map_iter *it) noexcept nogil:
+    cdef shape s
+    cdef int rc
     memset(st, 0, sizeof(dma_map_state))
     st.dir = <unsigned char>rq.dir
     st.attrs = rq.attrs
     it.rq = rq
-    it.next = it.left = 0
-    it.whole = 0
-    it.p2p = 0
+    # unified: vectors join as they lie; segments are cut by the address the device sees
+    it.lim = &dev.uncut if policy == DMA_POLICY_UNIFIED else &dev.limits
+    it.left = 0
+    it.whole = it.given = it.shown = 0
+    it.flags = F_WHOLE if unlikely(policy == DMA_POLICY_LINUX_SPLIT) else 0
     it.granule_mask = dev.ops.merge_boundary(dev)
+    it.p2p = dev.p2p != NULL
     window_rewind(it)
-    if window_load(it, &dev.limits) == 0:
+    if window_load(dev, it) == 0:
         st.rules = R_EMPTY
+        it.next = next_none
         return 0
-    if dev.p2p != NULL:
-        it.pos = it.held.len = 0
+    if unlikely(it.p2p):
         it.p2p = p2p_scan(dev, it)
-        if it.p2p != 1 << DMA_P2P_NONE:
-            return start_p2p(dev, st, it, policy)
-        it.p2p = 0
-    if policy == DMA_POLICY_LINUX:
-        return start_linux(dev, st, it)
-    return start_unified(dev, st, it)
+        it.p2p = it.p2p if it.p2p != 1 << DMA_P2P_NONE else 0
+        window_again(dev, it)
+        rc = admit_peers(dev, st, it, policy) if it.p2p else 0
+        if rc:
+            return rc
+    s.n = 0
+    if policy == DMA_POLICY_UNIFIED or may_break(dev, it) and not it.flags & F_WHOLE:
+        measure(dev, it, &s)
+    return start_unified(dev, st, it, &s) if policy == DMA_POLICY_UNIFIED else start_linux(dev, st, it, &s)
 
 
-# ---- next, unmap --------------------------------------------------------------------------------------------------
+# ---- range by range -----------------------------------------------------------------------------------------------
 
-# the vector the window stands at, or NULL after the last
-cdef inline const phys_vec *window_peek(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
-    if it.at == it.have:
-        if it.whole or window_load(it, lim) == 0:
-            return NULL
-    return &it.window[it.at]
+cdef int undo_map(dma_device *dev, dma_map_state *st, const dma_seg *seg, unsigned long attrs, int rc) noexcept nogil:
+    dev.ops.unmap_phys(dev, seg.addr, seg.len, <dma_data_direction>st.dir, attrs | DMA_ATTR_SKIP_CPU_SYNC)
+    return rc
 
 
-cdef inline const phys_vec *window_next(dma_map_iter *it, const dma_limits *lim) noexcept nogil:
-    cdef const phys_vec *v = window_peek(it, lim)
-    if v != NULL:
-        it.at += 1
-    return v
-
-
-cdef inline int next_linear(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    cdef uint64_t n = it.left, room
-    if n == 0:
+# a direct device bounces: from here on its addresses are needed
+cdef int note_bounce(dma_device *dev, dma_map_state *st, dma_map_iter *it, const dma_seg *seg,
+                     unsigned long attrs) noexcept nogil:
+    if not dev.ops.is_bounced(dev, seg.addr):
         return 0
-    if st.rules & R_FITS:  # policy linux hands the range out whole, whatever the segment limits say
-        room = dev.limits.seg_boundary_mask - (it.next & dev.limits.seg_boundary_mask)
-        if n - 1 > room:
-            n = room + 1
-        if n > dev.limits.max_segment_size:
-            n = dev.limits.max_segment_size
-        if n < it.left:
-            st.rules |= R_SEGMENT_CUT
-    seg.addr = dma_addr(it.next)
-    seg.len = n
-    it.next += n
-    it.left -= n
-    return 1
+    st.rules |= R_BOUNCED
+    st.layout = DMA_LAYOUT_BOUNCED
+    if st.saved == NULL and keep_addresses(st, it, 16):
+        return undo_map(dev, st, seg, attrs, -ENOMEM)
+    return 0
 
 
-cdef inline int next_gapped(dma_device *dev, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    cdef const phys_vec *v = window_next(it, &dev.limits)
-    cdef uint64_t mask = dev.limits.seg_boundary_mask
+cdef inline int save(dma_device *dev, dma_map_state *st, dma_map_iter *it, const dma_seg *seg,
+                     unsigned long attrs) noexcept nogil:
+    if unlikely(st.nr_saved == it.room) and keep_more(st, it):
+        return undo_map(dev, st, seg, attrs, -ENOMEM)
+    st.saved[st.nr_saved] = seg[0]
+    if unlikely(attrs & DMA_ATTR_MMIO):
+        st.saved[st.nr_saved].len |= SAVED_MMIO
+    st.nr_saved += 1
+    return 0
+
+
+# a vector that is one segment
+cdef int map_vector(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
+    cdef const phys_vec *v = window_peek(dev, it)
+    cdef uint64_t last
+    cdef int rc
     if v == NULL:
         return 0
-    take_granules(it, v, seg)
-    # vectors that meet on a granule lie side by side now: one segment, where the device takes it
-    while (seg.addr.v + seg.len) & it.granule_mask == 0:
-        v = window_peek(it, &dev.limits)
-        if (v == NULL or v.paddr.v & it.granule_mask or seg.len + v.len > dev.limits.max_segment_size
-                or (seg.addr.v & mask) + seg.len + v.len - 1 > mask):
-            break
-        seg.len += v.len
-        it.next += (v.len + it.granule_mask) & ~it.granule_mask
-        it.at += 1
-    return 1
-
-
-# the segment of a vector that has granules of its own
-cdef inline int take_granules(dma_map_iter *it, const phys_vec *v, dma_seg *seg) noexcept nogil:
-    cdef uint64_t gm = it.granule_mask, off = v.paddr.v & gm
-    seg.addr = dma_addr(it.next + off)
-    seg.len = v.len
-    it.next += (off + v.len + gm) & ~gm
-    return 1
-
-
-cdef int next_each(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    cdef const phys_vec *v = window_next(it, &dev.limits)
-    return 0 if v == NULL else map_one(dev, st, it, v, st.attrs, seg)
-
-
-cdef int map_one(dma_device *dev, dma_map_state *st, dma_map_iter *it, const phys_vec *v, unsigned long attrs,
-                 dma_seg *seg) noexcept nogil:
-    cdef int rc = dev.ops.map_phys(dev, v.paddr, v.len, <dma_data_direction>st.dir, attrs, &seg.addr)
-    if rc:
+    it.at += 1
+    rc = dev.ops.map_phys(dev, v.paddr, v.len, <dma_data_direction>st.dir, st.attrs, &seg.addr)
+    if unlikely(rc):
         st.rules |= R_MAP_FAILED
         return rc
     seg.len = v.len
-    it.left -= 1
-    if dev.swiotlb != NULL and dev.ops.is_bounced(dev, seg.addr):
-        st.rules |= R_BOUNCED
-        st.layout = DMA_LAYOUT_BOUNCED
-        # a direct device's first bounce: from here on its addresses are needed
-        if st.saved == NULL and keep_addresses(st, it.left + 1):
-            dev.ops.unmap_phys(dev, seg.addr, seg.len, <dma_data_direction>st.dir, st.attrs)
-            return -ENOMEM
-    if st.saved != NULL:
-        st.saved[st.nr_saved] = seg[0]
-        if attrs & DMA_ATTR_MMIO:
-            st.saved[st.nr_saved].len |= SAVED_MMIO
-        st.nr_saved += 1
+    if dev.swiotlb != NULL and note_bounce(dev, st, it, seg, st.attrs):
+        return -ENOMEM
+    if st.saved != NULL and save(dev, st, it, seg, st.attrs):
+        return -ENOMEM
+    last = seg.addr.v + (v.len - 1)
+    if unlikely((seg.addr.v | it.end) & it.keep or last > dev.reach or last < seg.addr.v):
+        return check_segment(dev, st, it, seg)
+    it.end = last + 1
     return 1
 
 
-# with peers in the request: their pieces by bus address, in their place among the others
-cdef int next_p2p(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    cdef piece p
-    if it.left and st.layout == DMA_LAYOUT_LINEAR:
-        return next_linear(dev, st, it, seg)
-    if it.held.len:
-        seg[0] = it.held
-        it.held.len = 0
-        return 1
-    if not next_piece(dev, it, &dev.limits, &p):
-        return 0
-    if p.type == DMA_P2P_BUS_ADDR:
-        seg.addr = dma_p2p_bus(p.peer, p.v.paddr)
-        seg.len = p.v.len
-        return 1
-    if st.layout == DMA_LAYOUT_GAPPED:
-        return take_granules(it, &p.v, seg)
-    if st.layout != DMA_LAYOUT_LINEAR:
-        return map_one(dev, st, it, &p.v, st.attrs | DMA_ATTR_MMIO if p.type == DMA_P2P_THRU_HOST_BRIDGE else st.attrs, seg)
-    it.left = p.v.len  # the run up to the next peer is one range
-    while next_piece(dev, it, &dev.limits, &p):
-        if p.type == DMA_P2P_BUS_ADDR:
-            it.held.addr = dma_p2p_bus(p.peer, p.v.paddr)
-            it.held.len = p.v.len
-            break
-        it.left += p.v.len
-    return next_linear(dev, st, it, seg)
+# map what one segment will probably hold of a vector. The guess is where the last one ended up; a wrong one is corrected
+# once, so that the device's limits cut as few as they can
+cdef int map_part(dma_device *dev, dma_map_state *st, dma_map_iter *it, const phys_vec *v, unsigned long attrs,
+                  dma_seg *seg) noexcept nogil:
+    cdef uint64_t at = v.paddr.v + it.pos, rest = v.len - it.pos
+    cdef bint guess = it.flags & F_GUESS
+    cdef int rc
+    while True:
+        seg.len = dma_segment_room(&dev.limits, at + it.delta, rest) if it.flags & F_GUESS else rest
+        seg.len = seg.len if seg.len else rest
+        rc = dev.ops.map_phys(dev, phys_addr(at), seg.len, <dma_data_direction>st.dir, attrs, &seg.addr)
+        if rc:
+            st.rules |= R_MAP_FAILED
+            return rc
+        if not guess or dma_segment_room(&dev.limits, seg.addr.v, seg.len) == seg.len:
+            return 0
+        guess = False
+        it.delta = seg.addr.v - at
+        undo_map(dev, st, seg, attrs, 0)
 
 
-cdef inline int next_saved(dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    if it.at == st.nr_saved:
-        return 0
-    seg[0] = st.saved[it.at]
-    it.at += 1
+cdef int run_mapped(dma_device *dev, dma_map_state *st, dma_map_iter *it, const phys_vec *v) noexcept nogil:
+    cdef unsigned long attrs = attrs_of(dev, st, it, v)
+    cdef dma_seg seg
+    cdef int rc = map_part(dev, st, it, v, attrs, &seg)
+    if rc == 0 and dev.swiotlb != NULL:
+        rc = note_bounce(dev, st, it, &seg, attrs)
+    if rc == 0 and st.saved != NULL:
+        rc = save(dev, st, it, &seg, attrs)
+    if rc:
+        return rc
+    it.addr, it.left = seg.addr.v, seg.len
+    it.pos += seg.len
+    if it.pos == v.len:
+        it.pos = 0
+        it.at += 1
     return 1
 
 
-cdef int map_next(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_seg *seg) noexcept nogil:
-    if st.layout == DMA_LAYOUT_GAPPED:
-        return next_gapped(dev, it, seg) if likely(it.p2p == 0) else next_p2p(dev, st, it, seg)
-    if st.sg:
-        return next_saved(st, it, seg)
-    if likely(it.p2p == 0):
-        if st.layout == DMA_LAYOUT_LINEAR:
-            return next_linear(dev, st, it, seg)
-        return next_each(dev, st, it, seg) if st.layout != DMA_LAYOUT_NONE else 0
-    return next_p2p(dev, st, it, seg) if st.layout != DMA_LAYOUT_NONE else 0
-
+# ---- unmap --------------------------------------------------------------------------------------------------------
 
 cdef int unmap(dma_device *dev, dma_map_state *st) noexcept nogil:
     cdef dma_data_direction dir = <dma_data_direction>st.dir

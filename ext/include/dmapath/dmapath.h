@@ -75,6 +75,20 @@ struct dma_limits {
     const void *machine;
 };
 
+/* Bytes at `addr` that one segment may hold: all `len` (not 0) of them, or as many as end where the device takes a cut, which
+ * keeps dma_alignment and virt_boundary. 0: there is no such place. The one home of this rule: front ends cut vectors by it, the
+ * wrapper cuts segments by it. */
+static inline uint64_t dma_segment_room(const struct dma_limits *l, uint64_t addr, uint64_t len)
+{
+    uint64_t last = l->seg_boundary_mask - (addr & l->seg_boundary_mask), keep = l->dma_alignment | l->virt_boundary, end;
+    if (last > l->max_segment_size - 1)
+        last = l->max_segment_size - 1;
+    if (len - 1 <= last)
+        return len;
+    end = (addr + last + 1) & ~keep; /* no overflow: addr + len is further */
+    return end > addr ? end - addr : 0;
+}
+
 enum {
     DMA_DEV_COHERENT = 1u << 0,
     DMA_DEV_UNTRUSTED = 1u << 1,
@@ -109,6 +123,9 @@ struct dma_device {
     struct swiotlb *swiotlb;        /* where it bounces; NULL: nowhere */
     const struct dma_p2p *p2p;      /* the machine's peer-to-peer memory as this device reaches it; NULL: there is none */
     void *tap;                      /* who watches the calls (dmapath.tap); NULL: nobody */
+    struct dma_limits uncut;        /* limits without max_segment_size and seg_boundary_mask: for vectors that are cut later */
+    uint64_t reach;                 /* greatest address that the device and its bus can name */
+    uint32_t sg_max_segments;       /* of a region (DMA_RQ_SG); UINT32_MAX unless the driver says otherwise */
 };
 
 static inline bool dma_has_bounced(const struct dma_device *d) { return __atomic_load_n(&d->bounced, __ATOMIC_RELAXED) != 0; }
@@ -373,14 +390,16 @@ struct dma_request {
     const void *priv;
     uint64_t total;     /* bytes */
     uint64_t gap_mask;  /* bits from the lowest in-page gap upward, 0: no gap (req_phys_gap_mask) */
-    uint32_t max_vecs;  /* an upper bound on the vectors that fill gives */
+    uint32_t max_vecs;  /* an upper bound on the vectors that fill gives where no limit cuts one */
     uint32_t flags;     /* DMA_RQ_* */
     unsigned long attrs;
     enum dma_data_direction dir;
 };
 enum { DMA_RQ_SG = 1u << 0 }; /* Linux maps this kind with dma_map_sgtable (umem), not with the block iterator */
 
-enum dma_policy { DMA_POLICY_UNIFIED = 0, DMA_POLICY_LINUX = 1 };
+/* LINUX refuses a request that is not within the device's limits, since there the block layer has split it; LINUX_SPLIT takes the
+ * caller's word for that, and hands out what Linux would. */
+enum dma_policy { DMA_POLICY_UNIFIED = 0, DMA_POLICY_LINUX = 1, DMA_POLICY_LINUX_SPLIT = 2 };
 enum dma_layout { DMA_LAYOUT_NONE, DMA_LAYOUT_DIRECT, DMA_LAYOUT_LINEAR, DMA_LAYOUT_GAPPED, DMA_LAYOUT_PER_RANGE,
                   DMA_LAYOUT_BOUNCED };
 
@@ -399,13 +418,20 @@ struct dma_map_state {
 #define DMA_MAP_CHUNK 64u
 struct dma_map_iter {
     const struct dma_request *rq;
+    int (*next)(struct dma_device *, struct dma_map_state *, struct dma_map_iter *, struct dma_seg *); /* this layout's */
     struct dma_cursor cursor;
-    uint64_t next, left;         /* linear: address and bytes to come; gapped: granule to come */
+    const struct dma_limits *lim; /* by which the front end cuts its vectors */
+    uint64_t addr, left;         /* what is mapped and not handed out yet */
+    uint64_t base;               /* one range: where in it the next vector lies */
+    uint64_t end, keep;          /* each segment checked: the last one's end, bits that must be 0 */
     uint64_t granule_mask;
     uint32_t have, at, whole;    /* vectors in the window, next of them; whole: the window holds them all */
     uint32_t p2p;                /* bit set of enum dma_p2p_type that the request touches; 0: plain memory alone */
-    uint64_t pos;                /* p2p: bytes of the window's vector that were taken */
-    struct dma_seg held;         /* p2p: a segment found while a run before it was measured */
+    uint32_t flags, given;       /* how segments leave; how many have, where each is checked */
+    uint64_t pos, delta;         /* range by range: bytes of a vector that are mapped; DMA minus physical address, so far */
+    uint32_t room;               /* range by range: addresses that dma_map_state.saved holds */
+    uint32_t shown;              /* segments that observers were shown */
+    struct phys_vec rest;        /* p2p: of a vector that is cut where memory changes hands */
     struct phys_vec window[DMA_MAP_CHUNK];
 };
 
@@ -415,7 +441,7 @@ struct dmapath_api {
     /* Map a whole request. 0, or -errno with nothing mapped. */
     int (*map_start)(struct dma_device *, const struct dma_request *, enum dma_policy, struct dma_map_state *,
                      struct dma_map_iter *);
-    /* 1 and the next segment, 0 after the last. */
+    /* 1 and the next segment, 0 after the last, or -errno: unmap() then. Each segment is within the device's limits. */
     int (*map_next)(struct dma_device *, struct dma_map_state *, struct dma_map_iter *, struct dma_seg *);
     int (*unmap)(struct dma_device *, struct dma_map_state *);
 };
