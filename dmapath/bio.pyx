@@ -1,9 +1,12 @@
 # cython: language_level=3
 """Block requests: a Bio is bvecs and an operation, a Request is bios merged; gaps and splits as Linux's block layer
 counts them (block/blk-merge.c, bio_split_io_at; block/blk-map and req_phys_gap_mask)."""
-from libc.stdint cimport uint32_t, uint64_t
+import math
 
-from dmapath.abi cimport DMA_FROM_DEVICE, DMA_TO_DEVICE, dma_data_direction
+from libc.stdint cimport UINT32_MAX, UINT64_MAX, uint32_t, uint64_t
+from libc.string cimport memset
+
+from dmapath.abi cimport DMA_FROM_DEVICE, DMA_TO_DEVICE, dma_data_direction, dma_limits, dma_segment_room
 from dmapath.request cimport Mappable
 
 from dmapath.addr import as_length
@@ -28,7 +31,7 @@ cdef class Bio(Mappable):
     Parameters
     ----------
     vecs : iterable of (phys, bytes)
-        The bvecs, in order; kept as given.
+        The bvecs, in order; kept as given. Each is below 4 GiB, since bv_len has 32 bits.
     op : "read" or "write"
         read: from the device into memory.
     sector : int
@@ -45,6 +48,10 @@ cdef class Bio(Mappable):
         self.load(vecs)
         self.op, self.sector = op, as_length(sector, "sector", least=0)
         self.rq.dir = <dma_data_direction><int>_OPS[op]
+        for i in range(self.nr):
+            if self.vecs_[i].len > UINT32_MAX:
+                raise DmaValueError("below 4 GiB: bv_len has 32 bits (struct bio_vec)", argument=f"vecs[{i}].len",
+                                    value=self.vecs_[i].len)
         for i in range(1, self.nr):
             gaps |= junction(self.vecs_[i - 1].paddr.v, self.vecs_[i - 1].len, self.vecs_[i].paddr.v)
         self.rq.gap_mask = upward(gaps)
@@ -94,8 +101,13 @@ cdef class Bio(Mappable):
 
 def _split(vecs, limits, max_bytes, block_size):
     """Lists of vectors, each of one bio within the limits."""
+    cdef dma_limits lim
+    memset(&lim, 0, sizeof(lim))
+    lim.max_segment_size, lim.seg_boundary_mask = limits.max_segment_size or UINT64_MAX, limits.seg_boundary_mask
+    lim.virt_boundary, lim.dma_alignment = limits.virt_boundary, limits.dma_alignment
     vecs = [(int(at), n) for at, n in vecs]
-    most = limits.max_segment_size or 0xffffffff
+    # a bio that ends inside a unit of dma_alignment would leave the next one none
+    block_size = math.lcm(block_size, limits.dma_alignment + 1)
     while vecs:
         take, nsegs = 0, 0
         for i, (at, n) in enumerate(vecs):
@@ -105,7 +117,7 @@ def _split(vecs, limits, max_bytes, block_size):
             if i and limits.virt_boundary and (at | vecs[i - 1][0] + vecs[i - 1][1]) & limits.virt_boundary:
                 break
             room = n if max_bytes is None else min(n, max_bytes - take)
-            room, segs = _segments_that_fit(at, room, most, limits.seg_boundary_mask, limits.max_segments - nsegs)
+            room, segs = segments_that_fit(&lim, at, room, limits.max_segments - nsegs)
             take, nsegs = take + room, nsegs + segs
             if room < n:
                 break
@@ -119,11 +131,15 @@ def _split(vecs, limits, max_bytes, block_size):
         yield head
 
 
-def _segments_that_fit(at, length, most, boundary, segments):
-    """bvec_split_segs: bytes of one vector that fit into so many segments, and the segments used."""
-    done = used = 0
+# bvec_split_segs: bytes of one vector that fit into so many segments, and the segments used
+cdef (uint64_t, uint32_t) segments_that_fit(const dma_limits *lim, uint64_t at, uint64_t length, uint32_t segments):
+    cdef uint64_t done = 0, part
+    cdef uint32_t used = 0
     while done < length and used < segments:
-        done += min(length - done, most, boundary - ((at + done) & boundary) + 1)
+        part = dma_segment_room(lim, at + done, length - done)
+        if part == 0:
+            break  # no segment can end here
+        done += part
         used += 1
     return done, used
 

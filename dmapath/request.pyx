@@ -6,7 +6,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from dmapath.abi cimport (
-    DMA_MAP_CHUNK, DMA_RQ_SG, DMAPATH_DEVICE_CAPSULE, dma_cursor, dma_device, dma_limits, dma_request, phys_addr, phys_vec,
+    DMA_MAP_CHUNK, DMA_RQ_SG, DMAPATH_DEVICE_CAPSULE, dma_cursor, dma_device, dma_limits, dma_request, dma_segment_room,
+    phys_addr, phys_vec,
 )
 
 from dmapath.addr import PhysAddr, as_length, as_phys
@@ -31,7 +32,7 @@ cdef uint32_t vec_fill(const dma_request *rq, dma_cursor *c, const dma_limits *l
                        uint32_t cap) noexcept nogil:
     cdef const phys_vec *v = (<const phys_vec *>rq.priv) + c.item
     cdef const phys_vec *end = (<const phys_vec *>rq.priv) + rq.max_vecs
-    cdef uint64_t at, rest, room, mask = lim.seg_boundary_mask, pos = c.pos
+    cdef uint64_t at, rest, part, room, mask = lim.seg_boundary_mask, pos = c.pos
     # Linux's block layer counts a segment's bytes in 32 bits; a region's runs know no such limit
     cdef uint64_t widest = UINT64_MAX if rq.flags & DMA_RQ_SG else UINT32_MAX
     cdef uint64_t largest = lim.max_segment_size if lim.max_segment_size < widest else widest
@@ -41,8 +42,11 @@ cdef uint32_t vec_fill(const dma_request *rq, dma_cursor *c, const dma_limits *l
         rest = v.len - pos
         room = mask - (at & mask)  # plus one: bytes to the boundary
         if rest > largest or rest - 1 > room:
-            rest = largest if largest - 1 < room else room + 1
-            pos += rest
+            part = dma_segment_room(lim, at, rest)
+            # what cannot be cut stays whole: it will be refused as a segment
+            rest = part if part else rest
+            pos = pos + rest if pos + rest < v.len else 0
+            v += pos == 0
         else:
             pos = 0
             v += 1
@@ -136,7 +140,8 @@ cdef class Mappable:
 def iterate(Mappable source not None, limits):
     """Physical segments as the block layer's iterator gives them (blk_map_iter_next): list of (PhysAddr, bytes).
 
-    ``limits`` is a Device, or any object with max_segment_size (bytes or None) and seg_boundary_mask.
+    ``limits`` is a Device, or any object with max_segment_size (bytes or None), seg_boundary_mask, dma_alignment and
+    virt_boundary (a QueueLimits).
     """
     cdef dma_limits lim
     cdef dma_cursor c
@@ -149,6 +154,7 @@ def iterate(Mappable source not None, limits):
     else:
         lim.max_segment_size = limits.max_segment_size or UINT64_MAX
         lim.seg_boundary_mask = limits.seg_boundary_mask
+        lim.dma_alignment, lim.virt_boundary = limits.dma_alignment, limits.virt_boundary
     c.item = c.sub = c.pos = 0
     out = []
     while True:

@@ -64,7 +64,8 @@ RULES: dict[str, Rule] = {
     "alignment": Rule("queue_limits.dma_alignment", "an address or length misses the device's dma_alignment"),
     "virt-boundary": Rule("queue_limits.virt_boundary_mask (bvec_gap_to_prev)",
                           "the device takes no gaps, and nothing here can close them: split the bio first (Bio.split)"),
-    "max-segments": Rule("queue_limits.max_segments", "more segments than the device takes: split the bio first (Bio.split)"),
+    "max-segments": Rule("queue_limits.max_segments",
+                         "more segments than the device takes: split the bio first (Bio.split)"),
     "no-cut": Rule("queue_limits.max_segment_size, seg_boundary_mask",
                    "a segment is too long or crosses the boundary, and no place to cut it keeps dma_alignment and "
                    "virt_boundary"),

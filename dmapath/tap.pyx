@@ -55,8 +55,8 @@ cdef class Call:
 
     ``op`` names it as in ``struct dma_ops``. What does not apply is None: ``phys``, ``addr``, ``size``, ``offset`` (bytes),
     ``dir`` (a name), ``attrs`` (bits), ``vecs`` [(phys, bytes)], ``segments`` [(addr, bytes)], ``state`` (addr, bytes),
-    ``write`` and ``done`` (an access), ``rc`` (after it); of a segment ``mapping`` (a number that is its mapping's while that
-    lives), ``index`` in it, and ``region`` (of a memory region). ``where`` is the caller's file and line.
+    ``write`` and ``done`` (an access), ``rc`` (after it); of a segment ``mapping`` (a number that is its mapping's while
+    that lives), ``index`` in it, and ``region`` (of a memory region). ``where`` is the caller's file and line.
     """
 
     @property
@@ -400,5 +400,5 @@ cdef void tap_segment(dma_device *dev, const dma_map_state *st, dma_map_iter *it
     call = new_call("segment", seg.addr.v, seg.len, st.dir, st.attrs)
     call.mapping, call.index, call.region, call.rc = <size_t>st, it.shown, bool(it.rq.flags & DMA_RQ_SG), 0
     it.shown += 1
-    for observer in t.observers:
+    for observer in list(t.observers):
         t.tell(observer, call)

@@ -476,7 +476,8 @@ cdef int link_all(dma_device *dev, dma_map_state *st, dma_map_iter *it, bint gap
 
 
 # is it plain to see that segments of one range are within the limits? If not, device_takes looks at each
-cdef inline bint plainly_taken(dma_device *dev, dma_map_state *st, dma_map_iter *it, uint64_t size, uint32_t most) noexcept nogil:
+cdef inline bint plainly_taken(dma_device *dev, dma_map_state *st, dma_map_iter *it, uint64_t size,
+                               uint32_t most) noexcept nogil:
     cdef uint64_t at = st.iova.addr.v, last = at + (size - 1)
     return (it.p2p == 0 and last >= at and last <= dev.reach and size <= dev.limits.max_segment_size
             and (at ^ last) & ~dev.limits.seg_boundary_mask == 0 and most <= most_segments(dev, it)
@@ -873,7 +874,8 @@ cdef int map_part(dma_device *dev, dma_map_state *st, dma_map_iter *it, const ph
         if rc:
             st.rules |= R_MAP_FAILED
             return rc
-        if not guess or dma_segment_room(&dev.limits, seg.addr.v, seg.len) == seg.len:
+        # where addresses follow the physical ones, too short a guess is wrong as well
+        if not guess or dma_segment_room(&dev.limits, seg.addr.v, seg.len if it.granule_mask else rest) == seg.len:
             return 0
         guess = False
         it.delta = seg.addr.v - at
@@ -900,20 +902,34 @@ cdef int run_mapped(dma_device *dev, dma_map_state *st, dma_map_iter *it, const 
 
 # ---- unmap --------------------------------------------------------------------------------------------------------
 
+# what was mapped range by range; apart: only what bounced, or only what did not. The first error is kept
+cdef inline int unmap_saved(dma_device *dev, dma_map_state *st, bint apart, int bounced) noexcept nogil:
+    cdef unsigned long attrs
+    cdef uint32_t i
+    cdef int rc = 0, one
+    for i in range(st.nr_saved):
+        if unlikely(apart) and (dev.ops.is_bounced(dev, st.saved[i].addr) != 0) != bounced:
+            continue
+        attrs = st.attrs | DMA_ATTR_MMIO if st.saved[i].len & SAVED_MMIO else st.attrs
+        one = dev.ops.unmap_phys(dev, st.saved[i].addr, st.saved[i].len & ~SAVED_MMIO, <dma_data_direction>st.dir, attrs)
+        rc = rc if rc else one
+    return rc
+
+
 cdef int unmap(dma_device *dev, dma_map_state *st) noexcept nogil:
     cdef dma_data_direction dir = <dma_data_direction>st.dir
-    cdef unsigned long attrs
+    cdef bint apart
     cdef int rc = 0, one
-    cdef uint32_t i
     if st.iova.size:
         rc = dma_iova_destroy(dev, &st.iova, st.mapped, dir, st.attrs)
     elif st.sg and st.nr_saved:
         rc = dev.ops.unmap_sg(dev, st.saved, st.nr_saved, dir, st.attrs)
     else:
-        for i in range(st.nr_saved):
-            attrs = st.attrs | DMA_ATTR_MMIO if st.saved[i].len & SAVED_MMIO else st.attrs
-            one = dev.ops.unmap_phys(dev, st.saved[i].addr, st.saved[i].len & ~SAVED_MMIO, dir, attrs)
-            rc = rc if rc else one
+        # a part that bounced may share a cache line with one that did not: it is copied back after that line was dropped
+        apart = st.layout == DMA_LAYOUT_BOUNCED and not dev.flags & DMA_DEV_COHERENT
+        rc = unmap_saved(dev, st, apart, 0)
+        one = unmap_saved(dev, st, True, 1) if apart else 0
+        rc = rc if rc else one
     if st.saved != NULL:
         free(st.saved)
         st.saved = NULL

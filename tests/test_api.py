@@ -283,9 +283,12 @@ def test_split_keeps_every_byte_in_order() -> None:
         bio.split(Device(), max_bytes=256)
 
 
-def test_the_linux_policy_hands_a_range_out_whole() -> None:
-    with strict(max_segment_size=0x1000).map(Bio([(0x100000, 0x1000), (0x300000, 0x1000)]), "linux") as m:
+def test_the_linux_policy_hands_a_range_out_whole_where_the_caller_answers_for_the_limits() -> None:
+    dev, bio = strict(max_segment_size=0x1000), Bio([(0x100000, 0x1000), (0x300000, 0x1000)])
+    with dev.map(bio, "linux", split=True) as m:
         assert [s.length for s in m] == [0x2000]
+    with dev.map(bio, "linux") as m:
+        assert ([s.length for s in m], m.layout) == ([0x1000, 0x1000], "linear")
 
 
 def test_no_iova_left_falls_back_and_then_fails_whole() -> None:

@@ -145,7 +145,9 @@ def test_calls_show_what_they_were() -> None:
     with dev.map(Bio([(BASE + 0x200, 0xE00), (BASE + 0x5000, PAGE)], op="write")):
         pass
     dev.detach(look)
-    assert [c.op for c in seen] == ["iova_try_alloc", "iova_link_vec", "iova_sync", "iova_unlink", "iova_free"]
+    assert [c.op for c in seen] == ["iova_try_alloc", "iova_link_vec", "iova_sync", "segment", "iova_unlink", "iova_free"]
+    segment = seen.pop(3)
+    assert (segment.addr, segment.size, segment.index, segment.region) == (seen[0].state[0], 0x1E00, 0, False)
     assert seen[1].vecs == [(BASE + 0x200, 0xE00), (BASE + 0x5000, PAGE)]
     assert (seen[1].dir, seen[1].rc, seen[1].state[1]) == ("to_device", 0, 0x1E00)
     assert "test_observe.py" in seen[0].where

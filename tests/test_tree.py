@@ -96,9 +96,10 @@ def test_the_core_needs_no_python() -> None:
 
 
 HOT = {
-    "wrapper": ["map_start", "cannot_link", "heads_lose_their_place", "start_unified",
-                "start_linux", "link_all", "measure", "map_next", "next_linear", "next_gapped",
-                "next_each", "unmap", "next_piece", "start_unified_p2p", "link_pieces", "next_p2p"],
+    "wrapper": ["map_start", "cannot_link", "heads_lose_their_place", "start_unified", "start_linux", "start_each",
+                "link_all", "link_pieces", "load_pieces", "measure", "measure_linked", "device_takes", "check_segment",
+                "hand_out", "map_next", "next_gapped", "next_cut", "next_run", "map_vector", "map_part", "unmap",
+                "unmap_saved"],
     "request": ["vec_fill"],
     "backends/iommu": ["iommu_try_alloc", "link_ranges", "iommu_link", "iommu_link_vec", "iommu_link_gapped", "iommu_sync",
                        "iommu_unlink", "iommu_free", "iommu_map_phys", "iommu_unmap_phys", "iommu_access"],
