@@ -647,7 +647,7 @@ cdef class Device:
         cdef CoherentBuffer out = CoherentBuffer.__new__(CoherentBuffer)
         if self.memory is None:
             raise StateError("a device with a memory is wanted", argument="self", value=self)
-        out.make(self, (as_length(size) + 4095) & ~4095)
+        out.make(self, (as_length(size, last=1 << 52) + 4095) & ~4095)
         return out
 
     def map_resource(self, phys, size, dir="bidirectional", attrs=0):
@@ -729,8 +729,11 @@ cdef class CoherentBuffer:
                 raise MappingError("the restricted pool has no room", argument="size", value=size)
             self.pooled = True
         else:
+            try:
+                self.ram = mmap.mmap(-1, size)  # as long as this object: views and devices' tables lie in it
+            except OSError:
+                raise MappingError("this process cannot have so much memory", argument="size", value=size) from None
             at = memory.free_run(size, limit if device.xen is None else 2**64 - 1)
-            self.ram = mmap.mmap(-1, size)  # as long as this object: views and devices' tables lie in it
             self.frames = HostBuffer(self.ram, memory, layout="contiguous", phys=at, uncached=not device.coherent)
             if device.xen is not None:
                 device.xen.back_in_order(at, size, limit)

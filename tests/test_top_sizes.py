@@ -114,6 +114,18 @@ def test_sizes_of_an_access_do_not_wrap() -> None:
         engine.read_into(huge, bytearray(16))
 
 
+@pytest.mark.parametrize("unit", [None, Iommu()])
+def test_coherent_memory_of_any_size(unit: Iommu | None) -> None:
+    memory = PhysMemory(PAGE)
+    dev = Device(memory=memory, iommu=unit)
+    for size in (*SIZES[:-1], 2**52 + 1, 2**51, 2**50):  # more than a process has addresses for
+        with pytest.raises(DmaError):
+            dev.alloc_coherent(size)
+    with dev.alloc_coherent(PAGE) as small:  # and what was refused took no place
+        assert int(small.phys) < 2**51
+    assert not any(live(dev).values())
+
+
 def test_unmapping_ends_at_the_top() -> None:
     dev = Device(iommu=Iommu())
     assert dev.backend.map_raw(HIGH, 1 << 40, PAGE) == 0
