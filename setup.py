@@ -96,6 +96,6 @@ setup(
         build_dir="build/cython",
         annotate=bool(os.environ.get("DMAPATH_ANNOTATE")),
         compiler_directives={"language_level": "3", "embedsignature": True,
-                             "cdivision": True, "freethreading_compatible": True},
+                             "cdivision": True},
     ),
 )
