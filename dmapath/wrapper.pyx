@@ -246,6 +246,11 @@ cdef inline uint32_t most_segments(dma_device *dev, dma_map_iter *it) noexcept n
     return dev.sg_max_segments if it.rq.flags & DMA_RQ_SG else dev.limits.max_segments
 
 
+# where the next segment must meet the last one: the low bits count, and 0 stands for "there was none"
+cdef inline uint64_t end_after(uint64_t last) noexcept nogil:
+    return (last + 1) | <uint64_t>(last == UINT64_MAX) << 63
+
+
 # 1, or what the device cannot take: a rule, and -errno
 cdef int check_segment(dma_device *dev, dma_map_state *st, dma_map_iter *it, const dma_seg *seg) noexcept nogil:
     cdef uint64_t at = seg.addr.v, last = at + (seg.len - 1)
@@ -263,7 +268,7 @@ cdef int check_segment(dma_device *dev, dma_map_state *st, dma_map_iter *it, con
         st.rules |= R_MAX_SEGMENTS
         return -EINVAL
     it.given += 1
-    it.end = last + 1
+    it.end = end_after(last)
     return 1
 
 
@@ -856,7 +861,7 @@ cdef int map_vector(dma_device *dev, dma_map_state *st, dma_map_iter *it, dma_se
     last = seg.addr.v + (v.len - 1)
     if unlikely((seg.addr.v | it.end) & it.keep or last > dev.reach or last < seg.addr.v):
         return check_segment(dev, st, it, seg)
-    it.end = last + 1
+    it.end = end_after(last)
     return 1
 
 

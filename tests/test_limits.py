@@ -15,7 +15,7 @@ import pytest
 from conftest import live
 from limits_random import BASE, Case, Vecs, arena, broken, run
 
-from dmapath import Bio, Device, DmaEngine, DmaError, Iommu, MemoryRegion, PhysMemory, Swiotlb
+from dmapath import AlignmentError, Bio, Device, DmaEngine, DmaError, Fabric, Iommu, MemoryRegion, PhysMemory, Swiotlb
 from dmapath.rules import RULES
 
 SEEDS = int(os.environ.get("DMAPATH_LIMITS", "2000"))
@@ -150,6 +150,19 @@ def test_peers_beyond_the_mask_are_refused_and_not_handed_out() -> None:
             dev.map(Bio(vecs))
         assert e.value.errno == 34
     assert live(dev)["iova_live"] == 0
+
+
+def test_a_gap_after_a_segment_that_ends_at_the_top_is_refused(memory: PhysMemory) -> None:
+    """That segment's end is 2**64: a peer's segment that does not begin on the virt boundary still leaves a gap after it."""
+    switch = Fabric().root_complex().port().switch()
+    bar = switch.port().function("peer").bar(memory, 0x2000)
+    dev = Device(iommu=Iommu(), memory=memory, pci=switch.port().function("device"), forcedac=True, virt_boundary=0xFFF)
+    before = live(dev)
+    with dev.map(Bio([(memory.phys(0), 0x1000), (bar.phys(), 0x200)])) as m:
+        assert int(m.segments[0].addr) + m.segments[0].length == 2**64
+    with pytest.raises(AlignmentError, match="virt_boundary"):
+        dev.map(Bio([(memory.phys(0), 0x1000), (bar.phys(0x200), 0x200)]))
+    assert live(dev) == before
 
 
 def test_a_cut_that_would_open_a_gap_is_made_elsewhere_or_refused_by_name() -> None:
