@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "build" / "mutate"
 TIMEOUT = 240  # seconds of one mutant's tests; what takes longer hangs
 MEMORY = 8 << 30
-_UNITS = ["kernel_rows", "model", "segment_limits", "every_back_end", "api", "unwinding", "swiotlb", "p2p"]
+_UNITS = ["kernel_rows", "model", "limits", "top", "every_back_end", "api", "unwinding", "swiotlb", "p2p"]
 #: Source -> (extensions to rebuild, test files that speak of it, the quickest first).
 TARGETS: dict[str, tuple[list[str], list[str]]] = {
     "dmapath/wrapper.pyx": (["wrapper"], ["six_cases", "real_bugs", *_UNITS, "matrix"]),
@@ -46,13 +46,13 @@ TARGETS: dict[str, tuple[list[str], list[str]]] = {
                                     ["swiotlb", "xen", "noncoherent", "coherent", "every_back_end", "api"]),
     "dmapath/backends/grant.pyx": (["backends.grant"], ["xen", "every_back_end", "coherent"]),
     "dmapath/backends/base.pyx": (["backends.base"], ["abi", "api", "coherent", "door"]),
-    "dmapath/backends/python.pyx": (["backends.python"], ["adversary", "door", "observe", "every_back_end"]),
+    "dmapath/backends/python.pyx": (["backends.python"], ["callbacks", "adversary", "door", "observe", "every_back_end"]),
     "dmapath/drivers/registered.pyx": (["drivers.registered"], ["rnic", "matrix"]),
-    "ext/core/iova.c": (["backends.iommu"], ["iova_properties", "kernel_rows", "model", "unwinding"]),
-    "ext/core/pgtable.c": (["backends.iommu"], ["kernel_rows", "model", "unwinding", "engine_memory"]),
+    "ext/core/iova.c": (["backends.iommu"], ["iova_properties", "kernel_rows", "model", "top", "unwinding"]),
+    "ext/core/pgtable.c": (["backends.iommu"], ["core", "kernel_rows", "model", "unwinding", "engine_memory"]),
     "ext/core/iotlb.c": (["backends.iommu"], ["kernel_rows", "model", "engine_memory", "observe", "every_back_end"]),
     "ext/core/domain.c": (["backends.iommu"], _UNITS),
-    "ext/core/swiotlb.c": (["swiotlb"], ["swiotlb", "every_back_end", "xen"]),
+    "ext/core/swiotlb.c": (["swiotlb"], ["core", "swiotlb", "every_back_end", "xen"]),
     "ext/core/mem.c": (["memory", "backends.iommu", "backends.direct", "backends.grant", "device", "hmm"],
                        ["engine_memory", "noncoherent", "every_back_end", "hmm"]),
 }  # fmt: skip
@@ -135,7 +135,7 @@ def _limit() -> None:
 
 def _tests(at: Path, names: list[str]) -> str:
     """Say "lived", or how the tests noticed: "failed", "crashed", "hung"."""
-    files = [f"tests/test_{n}.py" for n in names if (at / f"tests/test_{n}.py").exists()]
+    files = [f"tests/test_{n}.py" for n in names]
     env = dict(os.environ, PYTHONPATH=str(at), DMAPATH_STEPS=os.environ.get("DMAPATH_STEPS", "3000"), DMAPATH_SRC=str(at))
     cmd = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", *files]
     with subprocess.Popen(cmd, cwd=at, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_limit,
@@ -145,6 +145,8 @@ def _tests(at: Path, names: list[str]) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, 9)
             return "hung"
+    if rc == 4:
+        raise SystemExit(f"pytest does not know these tests: {' '.join(files)}")
     return "lived" if rc == 0 else "failed" if rc == 1 else "crashed"
 
 
