@@ -10,7 +10,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 SANITIZE = os.environ.get("DMAPATH_SANITIZE", "")
-ONLY = os.environ.get("DMAPATH_ONLY", "").split(",") if "DMAPATH_ONLY" in os.environ else []
+ONLY = [name for name in os.environ.get("DMAPATH_ONLY", "").split(",") if name]
 CORE = ["ext/core/core.c", "ext/core/mem.c"]
 MEM = ["ext/core/mem.c", "ext/core/util.c"]
 #: Module -> C sources that it links. Only one links the core; mem.c holds no data of its own; util.c numbers threads for

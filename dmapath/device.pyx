@@ -963,8 +963,7 @@ cdef class Mapping:
         if not self.live:
             return
         if self.device.unmap_early():
-            self.live = False
-            unmap(&self.device.c, &self.st)
+            self.end()
         if warnings is not None:  # the interpreter is not at its end
             warnings.warn(f"a mapping of {self.request!r} was dropped without unmap", ResourceWarning, stacklevel=2)
 

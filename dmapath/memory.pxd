@@ -23,5 +23,4 @@ cdef class PhysMemory:
     cdef object __weakref__
     cdef _place(self, uint64_t base, seed)
     cdef int add_frame(self, uint64_t phys, void *host, bint uncached=*) noexcept
-    cdef void remove_frames(self, list frames)
-    cdef void remove_run(self, uint64_t phys, uint64_t n) noexcept nogil
+    cdef void remove_frames(self, frames) noexcept

@@ -138,17 +138,17 @@ cdef class PhysMemory:
     cdef int add_frame(self, uint64_t phys, void *host, bint uncached=False) noexcept:
         return phys_mem_add(self.mem, phys, host, uncached)
 
-    cdef void remove_frames(self, list frames):
-        cdef uint64_t frame
+    # any iterable of frames; needs no memory of its own, since objects that are freed call it
+    cdef void remove_frames(self, frames) noexcept:
+        cdef uint64_t part[64]
+        cdef uint64_t n = 0
         for frame in frames:
-            phys_mem_remove(self.mem, &frame, 1)
-
-    # `n` frames side by side; needs neither memory nor the interpreter
-    cdef void remove_run(self, uint64_t phys, uint64_t n) noexcept nogil:
-        cdef uint64_t i, frame
-        for i in range(n):
-            frame = phys + i * 4096
-            phys_mem_remove(self.mem, &frame, 1)
+            part[n] = frame
+            n += 1
+            if n == 64:
+                phys_mem_remove(self.mem, part, n)
+                n = 0
+        phys_mem_remove(self.mem, part, n)
 
     def __dealloc__(self):
         if self.arena != NULL:
@@ -388,16 +388,14 @@ cdef class HostBuffer:
     cdef bint held
     cdef readonly PhysMemory memory
     cdef readonly str layout
-    cdef object frames_
-    cdef uint64_t *added  # the same, where the collector cannot empty them
-    cdef size_t nadded
+    cdef tuple frames_  # those that the memory has of it; the collector empties lists
     cdef size_t offset
 
     def __cinit__(self, obj, PhysMemory memory not None, *, layout="scattered", seed=0, writable=True, phys=None,
                   bint uncached=False):
         if layout not in ("scattered", "contiguous", "pagemap"):
             raise DmaValueError("scattered, contiguous or pagemap", argument="layout", value=layout)
-        self.memory, self.layout, self.frames_ = memory, layout, []
+        self.memory, self.layout, self.frames_ = memory, layout, ()
         PyObject_GetBuffer(obj, &self.view, PyBUF_CONTIG if writable else PyBUF_CONTIG_RO)
         self.held = True
         if self.view.len == 0:
@@ -413,29 +411,23 @@ cdef class HostBuffer:
             frames = _synthetic(memory, n, layout, seed)
         cdef uint64_t frame
         cdef int rc
-        self.added = <uint64_t *>calloc(n, sizeof(uint64_t))
-        if self.added == NULL:
-            raise MemoryError("no memory for the frames")
         for i, frame in enumerate(frames):
             rc = phys_mem_add(memory.mem, frame, <char *>start - self.offset + <size_t>i * 4096, uncached)
             if rc:
+                self.frames_ = tuple(frames[:i])
                 self.close()
                 raise error_for(-rc, _REFUSALS.get(rc, "no memory for the map"), "layout" if phys is None else "phys",
                                 layout if phys is None else phys)
-            self.frames_.append(frame)
-            self.added[self.nadded] = frame
-            self.nadded += 1
+        self.frames_ = tuple(frames)
 
     def __dealloc__(self):
         self.let_go()
-        free(self.added)
 
     cdef void let_go(self) noexcept:
         if not self.held:
             return
         self.held = False
-        phys_mem_remove(self.memory.mem, self.added, self.nadded)
-        self.nadded = 0
+        self.memory.remove_frames(self.frames_)
         PyBuffer_Release(&self.view)
 
     # what is no longer there to be used

@@ -13,4 +13,4 @@ cdef class Swiotlb:
     cdef readonly object base
     cdef readonly bint force, dynamic, restricted
     cdef bint ready
-    cdef uint64_t start, nframes  # of the memory's frames that are the pool's
+    cdef uint64_t nframes  # from `base` on, that the memory has of it

@@ -64,7 +64,6 @@ cdef class Swiotlb:
         self.pool.dynamic = dynamic
         if memory is None:
             return
-        self.start = base
         self.pool.mem = memory.mem
         for i in range(slots * TLB_SIZE // 4096):
             rc = memory.add_frame(<uint64_t>base + i * 4096, host + i * 4096)
@@ -74,7 +73,7 @@ cdef class Swiotlb:
 
     def __dealloc__(self):
         if self.nframes:
-            self.memory.remove_run(self.start, self.nframes)
+            self.memory.remove_frames(range(self.base, self.base + self.nframes * 4096, 4096))
         if self.ready:
             swiotlb_destroy(&self.pool)
 

@@ -64,7 +64,8 @@ cdef class Cq:
     cdef bint live
     cdef int must_live(self) except -1
     cdef list fetch(self, int n)
-    cdef list wait_for(self, int n, double timeout)
+    cdef list wait_for(self, int n, uint64_t end)
+    cdef int dispatch(self, uint64_t end) except -1
 
 
 cdef class Qp:

@@ -34,12 +34,6 @@ _NAMES = {RNIC_SEND: "send", RNIC_SEND_INV: "send_inv", RNIC_WRITE: "write", RNI
 cdef uint64_t RECV_BIT = 1ULL << 63  # in an id: a receive's
 
 
-# seconds until a deadline (_clock.end_of), 0 where it has passed
-cdef inline double left(uint64_t end) noexcept nogil:
-    cdef uint64_t now = now_ns()
-    return <double>(end - now) / 1e9 if end > now else 0
-
-
 # one command, from its start to its answer: 0 or -errno, and the result in it
 cdef int run_command(rnic_port *port, rnic_command *c) noexcept nogil:
     cdef int rc
@@ -291,18 +285,17 @@ cdef class Cq:
         dma_writeq(self.context.port.regs, RNIC_CQ_BELLS + 8 * self.number, self.head)
         return out
 
-    # the same, waiting for the first of them
-    cdef list wait_for(self, int n, double timeout):
-        cdef uint64_t end = now_ns() + <uint64_t>(timeout * 1e9)
+    # the same, waiting for the first of them until `end` (_clock.end_of)
+    cdef list wait_for(self, int n, uint64_t end):
         while True:
             got = self.fetch(n)
             if got or (self.context.port.regs.relax(self.context.port.regs.priv) == 0 and now_ns() > end):
                 return got
 
-    def _dispatch(self, double timeout):
-        """Leave what comes with the queue pairs it belongs to; how many came."""
+    # leave what comes until `end` with the queue pairs it belongs to; how many came
+    cdef int dispatch(self, uint64_t end) except -1:
         cdef Qp qp
-        got = self.wait_for(256, timeout)
+        got = self.wait_for(256, end)
         for qp, done in got:
             if done.opcode in ("recv", "recv_write_imm"):
                 qp.arrivals.append(done)
@@ -312,7 +305,7 @@ cdef class Cq:
 
     def poll(self, n=64, timeout=0.0):
         """Completions in order: list of Completion, at most n; waits ``timeout`` seconds for the first."""
-        return [done for _, done in self.wait_for(as_integer(n, "n", least=1), as_seconds(timeout))]
+        return [done for _, done in self.wait_for(as_integer(n, "n", least=1, last=2**31 - 1), end_of(as_seconds(timeout)))]
 
     def close(self):
         """Destroy it. DmaValueError (EBUSY) while a queue pair uses it."""
@@ -591,7 +584,7 @@ cdef class Qp:
         while last + 1 < self.head and self.first[(last + 1) % self.depth] == want:
             last += 1
         while self.tail <= last:
-            if self.send_cq._dispatch(left(end)) == 0 or self.tail <= last and left(end) == 0:
+            if self.send_cq.dispatch(end) == 0 or self.tail <= last and now_ns() > end:
                 raise VerbsError(f"request {request} did not complete within {timeout} s", errno=110, argument="request",
                                  value=request)
         for seq in sorted(self.failures):
@@ -604,7 +597,7 @@ cdef class Qp:
         cdef uint64_t end = end_of(as_seconds(timeout))
         self.must_live()
         while not self.arrivals:
-            if self.recv_cq._dispatch(left(end)) == 0 or not self.arrivals and left(end) == 0:
+            if self.recv_cq.dispatch(end) == 0 or not self.arrivals and now_ns() > end:
                 raise VerbsError(f"nothing was received within {timeout} s", errno=110, argument="timeout", value=timeout)
         done = self.arrivals.popleft()
         if not done.ok:

@@ -527,8 +527,7 @@ cdef class Qp:
                                 argument="mtu", value=path)
         if qp.state != IBV_QPS_RESET:
             raise StateError(f"it is connected already (state {STATES[<int>qp.state]}): recover() connects it as before, "
-                             "and "
-                             "after reset() it can be connected anew", argument="qp", value=self)
+                             "and after reset() it can be connected anew", argument="qp", value=self)
         try:
             self._init(access | (MW_BIND if self.pd.context.attr["max_mw"] else 0))
             self._ready_to_receive(remote, path, min_rnr_timer)
